@@ -1,0 +1,20 @@
+"""A total and a count, divided only when shown, so that micro-batches and ranks add up exactly."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """A sum over `count` units. `total` is a number or a scalar tensor (then it may carry a gradient)."""
+
+    total: Any = 0.0
+    count: float = 0
+
+    def __add__(self, other: "Tally") -> "Tally":
+        return Tally(self.total + other.total, self.count + other.count)
+
+    @property
+    def mean(self) -> float:
+        """total / count; nan where nothing was counted."""
+        return float(self.total) / self.count if self.count else float("nan")
