@@ -1,0 +1,232 @@
+"""Groups to batches: one stream of tokens, each prompt once, no padding; and what is scored, as index pairs.
+
+The first token of every completion is predicted by the prompt's last token, so a prompt row may predict several
+targets. Completions are pairs or lists by explicit indices, never by their place in the batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..layout import Layout
+from .records import Source
+from .tokens import TokenGroup
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBatch:
+    """One stream of T tokens with N scored ones in S completions.
+
+    tokens, positions: (T,) int64.
+    predictors, targets: (N,) the stream row that predicts, and the token id that it should predict.
+    sequence: (N,) the completion, 0..S-1, that a scored token belongs to.
+    length: (S,) int64, scored tokens of each completion, the end token included.
+    sources: (S,) where each completion was read.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    layout: Layout
+    predictors: Tensor
+    targets: Tensor
+    sequence: Tensor
+    length: Tensor
+    sources: tuple[Source | None, ...] = ()
+
+    @property
+    def units(self) -> int:
+        """What a demonstration loss is divided by: scored tokens."""
+        return len(self.targets)
+
+    def to(self, device) -> "TokenBatch":
+        """The same batch with its tensors on `device`."""
+        return _to(self, device)
+
+
+@dataclass(frozen=True, eq=False)
+class PairBatch:
+    """P pairs as indices into a TokenBatch's completions. reference: (S,) nats, float64, where annotated."""
+
+    batch: TokenBatch
+    chosen: Tensor
+    rejected: Tensor
+    reference: Tensor | None = None
+
+    @property
+    def units(self) -> int:
+        """Pairs."""
+        return len(self.chosen)
+
+    def to(self, device) -> "PairBatch":
+        """The same batch with its tensors on `device`."""
+        return _to(self, device)
+
+
+@dataclass(frozen=True, eq=False)
+class RankedBatch:
+    """Ranked lists. orders: for each list length K an index tensor (L, K) of completions, best first."""
+
+    batch: TokenBatch
+    orders: tuple[Tensor, ...]
+    reference: Tensor | None = None
+
+    @property
+    def units(self) -> int:
+        """Lists."""
+        return sum(len(order) for order in self.orders)
+
+    def to(self, device) -> "RankedBatch":
+        """The same batch with its tensors on `device`."""
+        return _to(self, device)
+
+
+@dataclass(frozen=True, eq=False)
+class FeedbackBatch:
+    """B single judgements. label: (B,) bool. mismatched: the same prompts with another row's completion."""
+
+    batch: TokenBatch
+    label: Tensor
+    mismatched: TokenBatch
+    reference: Tensor | None = None
+    reference_mismatched: Tensor | None = None
+
+    @property
+    def units(self) -> int:
+        """Judgements."""
+        return len(self.label)
+
+    def to(self, device) -> "FeedbackBatch":
+        """The same batch with its tensors on `device`."""
+        return _to(self, device)
+
+
+AnyBatch = TypeVar("AnyBatch", TokenBatch, PairBatch, RankedBatch, FeedbackBatch)
+
+
+def _to(batch: AnyBatch, device) -> AnyBatch:
+    def move(value):
+        if isinstance(value, tuple) and value and isinstance(value[0], Tensor):
+            return tuple(move(item) for item in value)
+        return value.to(device) if isinstance(value, Tensor | TokenBatch) else value
+
+    return replace(batch, **{field.name: move(getattr(batch, field.name)) for field in fields(batch)})
+
+
+def stream_length(group: TokenGroup) -> int:
+    """Tokens that a group takes in a stream: its prompt once, each completion without its last token."""
+    return len(group.prompt) + sum(max(len(ids) - 1, 0) for ids in group.completions)
+
+
+def scored_spans(group: TokenGroup, k: int) -> tuple[tuple[int, int], ...]:
+    """Half-open ranges of completion k's tokens that are scored; with no prompt at all nothing predicts token 0."""
+    spans = group.spans[k]
+    if len(group.prompt):
+        return spans
+    return tuple((max(start, 1), stop) for start, stop in spans if stop > max(start, 1))
+
+
+def scored_length(group: TokenGroup, k: int) -> int:
+    """Scored tokens of completion k, the end token included."""
+    return sum(stop - start for start, stop in scored_spans(group, k))
+
+
+def collate(groups: Sequence[TokenGroup]) -> TokenBatch:
+    """The stream of all completions of all groups, in order; completions are numbered group by group."""
+    tokens, positions, predictors, targets, sequence, lengths, sources = [], [], [], [], [], [], []
+    row = number = 0
+    for group in groups:
+        prompt = len(group.prompt)
+        tokens.append(group.prompt)
+        positions.append(np.arange(prompt))
+        last_of_prompt = row + prompt - 1
+        row += prompt
+        for k, ids in enumerate(group.completions):
+            tokens.append(ids[:-1])
+            positions.append(np.arange(prompt, prompt + max(len(ids) - 1, 0)))
+            scored = [np.arange(start, stop) for start, stop in scored_spans(group, k)]
+            scored = np.concatenate(scored) if scored else np.empty(0, np.int64)
+            predictors.append(np.where(scored == 0, last_of_prompt, row + scored - 1))
+            targets.append(ids[scored])
+            sequence.append(np.full(len(scored), number))
+            lengths.append(len(scored))
+            sources.append(group.source)
+            row += max(len(ids) - 1, 0)
+            number += 1
+    layout = Layout(
+        prompts=tuple(len(group.prompt) for group in groups),
+        branches=tuple(tuple(max(len(ids) - 1, 0) for ids in group.completions) for group in groups),
+    )
+    return TokenBatch(
+        tokens=_tensor(tokens),
+        positions=_tensor(positions),
+        layout=layout,
+        predictors=_tensor(predictors),
+        targets=_tensor(targets),
+        sequence=_tensor(sequence),
+        length=torch.tensor(lengths, dtype=torch.int64),
+        sources=tuple(sources),
+    )
+
+
+def collate_pairs(groups: Sequence[TokenGroup]) -> PairBatch:
+    """Every preference of every group as one pair; a ranking gives all its strict pairs over one shared prompt."""
+    chosen, rejected, first = [], [], 0
+    for group in groups:
+        chosen += [first + better for better, _ in group.preferences]
+        rejected += [first + worse for _, worse in group.preferences]
+        first += len(group.completions)
+    return PairBatch(collate(groups), torch.tensor(chosen), torch.tensor(rejected), _reference(groups))
+
+
+def best_first(group: TokenGroup) -> tuple[int, ...] | None:
+    """The completions' order, best first; None unless the preferences are one strict total order."""
+    count = len(group.completions)
+    wins = [sum(better == k for better, _ in group.preferences) for k in range(count)]
+    total = len(set(group.preferences)) == count * (count - 1) // 2 and sorted(wins) == list(range(count))
+    return tuple(sorted(range(count), key=lambda k: -wins[k])) if total else None
+
+
+def collate_rankings(groups: Sequence[TokenGroup]) -> RankedBatch:
+    """Every totally ordered group as one list; lists of equal length stand in one tensor.
+
+    Raises ValueError for a group with ties: leave those out before (`best_first` is None for them).
+    """
+    orders: dict[int, list[list[int]]] = {}
+    first = 0
+    for group in groups:
+        order = best_first(group)
+        if order is None:
+            raise ValueError(f"{group.source}: a ranking with ties has no single order")
+        orders.setdefault(len(order), []).append([first + k for k in order])
+        first += len(group.completions)
+    return RankedBatch(collate(groups), tuple(torch.tensor(orders[k]) for k in sorted(orders)), _reference(groups))
+
+
+def collate_feedback(groups: Sequence[TokenGroup]) -> FeedbackBatch:
+    """Labelled completions, and beside them the mismatched ones that KTO's reference point is estimated on."""
+    reference = _reference(groups)
+    return FeedbackBatch(
+        batch=collate([_only(group, 0) for group in groups]),
+        label=torch.tensor([bool(group.label) for group in groups]),
+        mismatched=collate([_only(group, 1) for group in groups]),
+        reference=None if reference is None else reference[0::2],
+        reference_mismatched=None if reference is None else reference[1::2],
+    )
+
+
+def _only(group: TokenGroup, k: int) -> TokenGroup:
+    return replace(group, completions=(group.completions[k],), spans=(group.spans[k],), preferences=(), reference=None)
+
+
+def _reference(groups: Sequence[TokenGroup]) -> Tensor | None:
+    if not groups or any(group.reference is None for group in groups):
+        return None
+    return torch.tensor([value for group in groups for value in group.reference], dtype=torch.float64)
+
+
+def _tensor(parts: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64)) if parts else torch.empty(0, dtype=torch.int64)

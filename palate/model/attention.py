@@ -1,0 +1,156 @@
+"""Attention over a shared-prompt stream, and the proof that a model really uses it.
+
+transformers calls a registered function in place of its own attention; it gets the layout as a forward keyword and runs
+stretch by stretch: prompt and first branch are plain causal text, each further branch queries [prompt, branch].
+The implementation is switched on inside `shared_attention` only: `generate` needs the stock one.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from ..layout import Layout
+
+NAME = "palate_shared_prompt"
+
+
+class NotShared(Exception):
+    """The model cannot run on a shared-prompt stream: it ignores the attention interface, or asks more of it."""
+
+
+class _Calls:
+    """What the probe wants to know: how often the function was called, and how often with a window."""
+
+    total = 0
+    windowed = 0
+
+
+def stream_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    palate_layout: Layout | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_,
+) -> tuple[Tensor, None]:
+    """Attention output (1, T, heads, dim) of a stream; query (1, heads, T, dim), key and value with kv heads.
+
+    scaling: the module's own; sliding_window: in positions; softcap: Gemma 2's tanh cap; s_aux: gpt-oss's sinks.
+    Raises NotShared where the model gives no layout, or a mask of its own (ALiBi, prefix masks).
+    """
+    if palate_layout is None or attention_mask is not None:
+        raise NotShared("the model passes a mask of its own or drops the layout")
+    _Calls.total += 1
+    _Calls.windowed += sliding_window is not None
+    sizes = palate_layout.sizes
+    # One split per layer: slicing stretch by stretch would make every backward allocate a full-size zero tensor.
+    q, k, v = (x[0].split(sizes, dim=1) for x in (query, key, value))
+    prompts: dict[int, tuple[Tensor, Tensor]] = {}
+    for (prompt, _), pairs in palate_layout.forks.items():
+        for trunk, _ in pairs:
+            if trunk not in prompts:
+                rest = sizes[trunk] - prompt
+                prompts[trunk] = (k[trunk].split((prompt, rest), dim=1)[0], v[trunk].split((prompt, rest), dim=1)[0])
+    out: list[Tensor | None] = [None] * len(sizes)
+
+    def attend(stretches, queries, keys, values):
+        result = _attention(
+            torch.stack(queries), torch.stack(keys), torch.stack(values), scaling, sliding_window, softcap, s_aux
+        )
+        for stretch, part in zip(stretches, result.unbind(0), strict=True):
+            out[stretch] = part
+
+    for stretches in palate_layout.trunks.values():
+        attend(stretches, [q[i] for i in stretches], [k[i] for i in stretches], [v[i] for i in stretches])
+    for pairs in palate_layout.forks.values():
+        attend(
+            [branch for _, branch in pairs],
+            [q[branch] for _, branch in pairs],
+            [torch.cat((prompts[trunk][0], k[branch]), dim=1) for trunk, branch in pairs],
+            [torch.cat((prompts[trunk][1], v[branch]), dim=1) for trunk, branch in pairs],
+        )
+    return torch.cat([part for part in out if part is not None], dim=1).transpose(0, 1).unsqueeze(0), None
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, scaling, window, softcap, sinks) -> Tensor:
+    """Causal attention (n, heads, L, dim), queries aligned to the lower right of the keys."""
+    rows, columns = q.shape[2], k.shape[2]
+    window = None if window is None or window >= columns else window
+    plain = rows == columns and window is None
+    if softcap is None and sinks is None:
+        mask = None if plain else _allowed(rows, columns, window, q.device)
+        gqa = q.shape[1] != k.shape[1]
+        return scaled_dot_product_attention(q, k, v, mask, is_causal=plain, scale=scaling, enable_gqa=gqa)
+    repeat = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
+    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    scores = scores.to(wide).masked_fill(~_allowed(rows, columns, window, q.device), float("-inf"))
+    if sinks is not None:  # a learned score per head that takes part in the softmax and has no value
+        sinks = sinks.to(wide).view(1, -1, 1, 1).expand(len(q), -1, rows, 1)
+        return (torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]).to(v.dtype) @ v
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
+@lru_cache(maxsize=512)
+def _allowed(rows: int, columns: int, window: int | None, device: torch.device) -> Tensor:
+    """(rows, columns) bool: which keys the last `rows` of `columns` positions may see."""
+    distance = torch.arange(columns - rows, columns, device=device)[:, None] - torch.arange(columns, device=device)
+    allowed = distance >= 0
+    return allowed if window is None else allowed & (distance < window)
+
+
+AttentionInterface.register(NAME, stream_attention)
+
+
+@contextmanager
+def shared_attention(model: nn.Module) -> Iterator[None]:
+    """Switches the model's attention to `stream_attention`, and back on the way out, whatever happens."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "to_dict")}
+    before = [(config, config._attn_implementation_internal) for config in configs.values()]
+    try:
+        for config, _ in before:
+            config._attn_implementation_internal = NAME
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation_internal = name
+
+
+@contextmanager
+def counted_calls() -> Iterator[_Calls]:
+    """Counts the calls of `stream_attention` inside the block."""
+    _Calls.total = _Calls.windowed = 0
+    yield _Calls
+
+
+def expected_calls(model: nn.Module) -> tuple[int, int] | None:
+    """(attention layers, those with a sliding window) that the config promises; None where sharing is out of reach.
+
+    Layers that mix along the stream (recurrent, linear or chunked attention) cannot branch off a shared prompt here.
+    """
+    config = model.config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None)
+    layers = getattr(config, "num_hidden_layers", None)
+    if layers is None or getattr(config, "alibi", False):
+        return None
+    if kinds is not None:
+        if not set(kinds) <= {"full_attention", "sliding_attention"}:
+            return None
+        return len(kinds), sum(kind == "sliding_attention" for kind in kinds)
+    window = getattr(config, "sliding_window", None)
+    windowed = window is not None and getattr(config, "use_sliding_window", True)
+    return layers, layers if windowed else 0

@@ -1,0 +1,231 @@
+"""Model x batch -> log-probs: the one function that every method's numbers come from, and the reference column.
+
+A model that passes the probe runs on the shared-prompt stream; one that does not (it ignores the attention interface,
+or mixes along the stream) is scored as padded rows through its stock forward, with the same numbers.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Literal
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .data.batch import TokenBatch, collate, stream_length
+from .data.stream import pack
+from .data.tokens import TokenGroup
+from .errors import ModelError
+from .model.attention import NotShared, counted_calls, expected_calls, shared_attention
+from .model.logprob import logit_transform, scored_rows
+
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Support:
+    """How a model is scored, as its probe found.
+
+    path: "shared" (one stream), "padded" (rows, our head) or "plain" (rows, the model's own logits).
+    error: largest difference from row-by-row scoring on the probe, nats a token. reason: why not "shared".
+    """
+
+    path: Literal["shared", "padded", "plain"]
+    error: float
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class SequenceLogps:
+    """total: (S,) summed log-probs of the scored tokens, nats, float64. length: (S,) scored tokens, int64."""
+
+    total: Tensor
+    length: Tensor
+
+
+def token_logps(model: nn.Module, batch: TokenBatch, *, precision: Precision = "float32") -> Tensor:
+    """(N,) log-probs of the batch's targets, nats, float32 (float64 for a float64 model); differentiable.
+
+    precision: "bfloat16" runs the matmuls in bfloat16 and keeps weights, residual stream, norms and softmax in float32.
+    The batch must lie on the model's device.
+    """
+    return _RUN[support(model).path](model, batch, precision)
+
+
+def sequence_logps(tokens: Tensor, batch: TokenBatch) -> SequenceLogps:
+    """Sums over each completion, in float64: a sum of 3,000 nats has a float32 step of 2e-4.
+
+    Where a device has no float64 (MPS) the sums are taken on the CPU.
+    """
+    device = torch.device("cpu") if tokens.device.type == "mps" else tokens.device
+    total = torch.zeros(len(batch.length), dtype=torch.float64, device=device)
+    total = total.index_add(0, batch.sequence.to(device), tokens.to(device).double())
+    return SequenceLogps(total, batch.length.to(device))
+
+
+def logps(model: nn.Module, batch: TokenBatch, *, precision: Precision = "float32") -> SequenceLogps:
+    """Summed log-prob of every completion of the batch: `token_logps`, then `sequence_logps`."""
+    return sequence_logps(token_logps(model, batch, precision=precision), batch)
+
+
+# --- the three ways through a model -------------------------------------------------------------------------------
+
+
+def _autocast(model: nn.Module, precision: Precision):
+    if precision != "bfloat16":
+        return nullcontext()
+    return torch.autocast(model.device.type, torch.bfloat16)
+
+
+def _shared(model: nn.Module, batch: TokenBatch, precision: Precision) -> Tensor:
+    with _autocast(model, precision), shared_attention(model), _head(model, batch.predictors, batch.targets) as found:
+        model(
+            input_ids=batch.tokens[None],
+            position_ids=batch.positions[None],
+            use_cache=False,
+            palate_layout=batch.layout,
+        )
+    return _only(found)
+
+
+def _padded(model: nn.Module, batch: TokenBatch, precision: Precision) -> Tensor:
+    ids, mask, rows = _rows(batch)
+    with _autocast(model, precision), _head(model, rows, batch.targets) as found:
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+    return _only(found)
+
+
+def _plain(model: nn.Module, batch: TokenBatch, precision: Precision) -> Tensor:
+    ids, mask, rows = _rows(batch)
+    with _autocast(model, precision):
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    logits = logits.reshape(-1, logits.shape[-1]).index_select(0, rows)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    return wide.gather(-1, batch.targets[:, None])[:, 0]
+
+
+_RUN = {"shared": _shared, "padded": _padded, "plain": _plain}
+
+
+def _head(model: nn.Module, rows: Tensor, targets: Tensor):
+    return scored_rows(model, rows, targets, logit_transform(model.config.get_text_config(decoder=True)))
+
+
+def _only(found: list[Tensor]) -> Tensor:
+    if len(found) != 1:
+        raise NotShared(f"the forward called the LM head {len(found)} times")
+    return found[0]
+
+
+def _rows(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Right-padded (S, L) ids and mask, and the predictors as indices into the flattened rows.
+
+    Pads follow the text, so a causal model never sees them; any valid id serves.
+    """
+    device = batch.tokens.device
+    rows, where, start = [], [], 0
+    for prompt, branches in zip(batch.layout.prompts, batch.layout.branches, strict=True):
+        stem = torch.arange(start, start + prompt, device=device)
+        start += prompt
+        for length in branches:
+            where.append(torch.cat((stem, torch.arange(start, start + length, device=device))))
+            rows.append(batch.tokens[where[-1]])
+            start += length
+    width = max((len(row) for row in rows), default=1) or 1
+    ids = torch.zeros(len(rows), width, dtype=torch.int64, device=device)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+        mask[i, : len(row)] = 1
+    # a predictor is a stream row; in its completion's padded row it stands as many places in as its position says
+    return ids, mask, batch.sequence * width + batch.positions[batch.predictors]
+
+
+# --- the probe ------------------------------------------------------------------------------------------------------
+
+_SUPPORT: WeakKeyDictionary[nn.Module, Support] = WeakKeyDictionary()
+_TOLERANCE = 2e-3  # nats a token; float32 differs by 1e-5, a model that ignores the layout by 0.1 and more
+
+
+def support(model: nn.Module) -> Support:
+    """How the model is scored; probed once per model, on a dozen tokens, in the weights' own dtype.
+
+    The shared stream is taken only if our attention is called once per layer (with a window where the config has one),
+    every log-prob equals row-by-row scoring by the stock forward, and a changed token moves its own branch alone.
+    Raises ModelError where the model gives no logits at all.
+    """
+    key = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if key not in _SUPPORT:
+        with torch.no_grad():
+            _SUPPORT[key] = _probe(model)
+    return _SUPPORT[key]
+
+
+def _probe(model: nn.Module) -> Support:
+    batches = [collate(groups).to(model.device) for groups in _probe_groups(model)]
+    try:
+        truth = [_row_by_row(model, batch) for batch in batches]
+    except (AttributeError, TypeError) as error:
+        raise ModelError(f"{type(model).__name__} gives no logits for input_ids: {error}", code="E407") from error
+    tolerance = _TOLERANCE if model.dtype in (torch.float32, torch.float64) else 0.15
+    reasons = []
+    for path in ("shared", "padded", "plain"):
+        try:
+            got = _probe_path(model, path, batches)
+        except (NotShared, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            reasons.append(f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+            continue
+        error = max(float((a - b).abs().max()) for a, b in zip(got, truth, strict=True))
+        if error <= tolerance:
+            return Support(path, error, "; ".join(reasons))
+        reasons.append(f"{path}: log-probs differ from row-by-row scoring by {error:.2g} nats a token")
+    raise ModelError(f"{type(model).__name__} cannot be scored ({'; '.join(reasons)})", code="E407")
+
+
+def _probe_path(model: nn.Module, path: str, batches: list[TokenBatch]) -> list[Tensor]:
+    if path != "shared":
+        return [_RUN[path](model, batch, "float32").double() for batch in batches]
+    expected = expected_calls(model)
+    if expected is None:
+        raise NotShared("layers that mix along the stream")
+    got = []
+    for batch in batches:
+        with counted_calls() as calls:
+            got.append(_shared(model, batch, "float32").double())
+            if (calls.total, calls.windowed) != expected:
+                raise NotShared(f"attention called {calls.total} times ({calls.windowed} windowed), not {expected}")
+    first, changed = got[0], got[1]
+    branch = batches[0].sequence != 1
+    if not torch.equal(first[branch], changed[branch]):
+        raise NotShared("a token of one branch moves another branch")
+    return got
+
+
+def _probe_groups(model: nn.Module) -> list[list[TokenGroup]]:
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    ids = [(7 * i * i + 3 * i + 11) % max(vocabulary - 1, 1) for i in range(40)]
+
+    def group(prompt: list[int], *completions: list[int]) -> TokenGroup:
+        arrays = tuple(np.array(c, dtype=np.int32) for c in completions)
+        return TokenGroup(np.array(prompt, dtype=np.int32), arrays, tuple(((0, len(c)),) for c in arrays))
+
+    first, second = ids[5:9], ids[9:15]
+    changed = [second[0], (second[1] + 1) % vocabulary, *second[2:]]
+    other = group(ids[15:18], ids[18:20], ids[20:23], ids[23:28])
+    return [[group(ids[:5], first, second), other], [group(ids[:5], first, changed), other]]
+
+
+def _row_by_row(model: nn.Module, batch: TokenBatch) -> Tensor:
+    """(N,) float64 log-probs by one stock forward a completion: slow, and right for any causal model."""
+    ids, mask, rows = _rows(batch)
+    width = ids.shape[1]
+    parts = []
+    for number in range(len(ids)):
+        length = int(mask[number].sum())
+        logits = model(input_ids=ids[number : number + 1, :length], use_cache=False).logits[0].double()
+        mine = batch.sequence == number
+        chosen = logits[rows[mine] - number * width].log_softmax(-1)
+        parts.append(chosen.gather(-1, batch.targets[mine][:, None])[:, 0])
+    return torch.cat(parts)
