@@ -1,10 +1,37 @@
-"""Records to TokenGroups: a prompt once, its completions after it, and which of their tokens are scored."""
+"""Records to TokenGroups: a prompt once, its completions after it, and which of their tokens are scored.
 
-from dataclasses import dataclass
+Three rules make every id here. The prompt is encoded as generation will see it. A completion is what continues that
+prompt, so its first token is one the model could have chosen there. Control tokens come from the template and from
+the end of a completion, never from what somebody wrote.
+"""
+
+import json
+import re
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .records import Source
+from palate.errors import DataError
+
+from . import template
+from .records import (
+    Demonstration,
+    Feedback,
+    Message,
+    PreferencePair,
+    Prompt,
+    Ranking,
+    Record,
+    Source,
+    Text,
+)
+
+# Put inside a control string that somebody wrote: added tokens are looked for before text is normalised, and then the
+# mark is normalised away. Noncharacters, so no honest text has them.
+_MARK = "\ufdd0\ufdd1\ufdd2"
+_ANCHORS = ("\n", "1", "a", ".", "é", "漢", "\t", "~")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,3 +56,519 @@ class TokenGroup:
     prompt_cut: int = 0
     source: Source | None = None
     reference: tuple[float, ...] | None = None
+
+
+def tokenize(record: Record, tokenizer, *, max_length: int | None = None) -> TokenGroup:
+    """The record as one TokenGroup, its completions in the record's order, ids as PRODUCT and the rules above say.
+
+    max_length: most tokens of prompt + longest completion, >= 1; the prompt's start is cut first (BOS and one more
+    token stay), then all completions at the same limit. None: nothing is cut.
+    Errors: DataError with code and source line where the row cannot be scored (E216 the template refuses it or its
+    rendered prompt does not begin the rendered whole, E222 no token, E223 no room); ModelError E408 without a template.
+    """
+    match record:
+        case PreferencePair():
+            return tokenize_pair(record, tokenizer, max_length=max_length)
+        case Demonstration():
+            return tokenize_demonstration(record, tokenizer, max_length=max_length)
+        case Feedback():
+            return tokenize_feedback(record, tokenizer, max_length=max_length)
+        case Ranking():
+            return tokenize_ranking(record, tokenizer, max_length=max_length)
+        case Prompt():
+            return _group(record, (), (), tokenizer, max_length)
+    raise TypeError(f"not a record: {type(record).__name__}")
+
+
+def tokenize_pair(pair: PreferencePair, tokenizer, *, max_length: int | None = None) -> TokenGroup:
+    """The pair's group: completions (chosen, rejected), preferences ((0, 1),). See `tokenize`."""
+    group = _group(pair, (pair.chosen, pair.rejected), ("chosen", "rejected"), tokenizer, max_length)
+    return replace(group, preferences=((0, 1),))
+
+
+def tokenize_demonstration(record: Demonstration, tokenizer, *, max_length: int | None = None) -> TokenGroup:
+    """The demonstration's group: one completion; in conversations every assistant turn of it is a span.
+
+    A turn that the template rewrites once others follow it (thinking that is dropped, say) is not scored: generation
+    would never meet it so. Where not even the prompt's rendering begins the whole, the last turn alone is trained.
+    See `tokenize`.
+    """
+    try:
+        return _group(record, (record.completion,), ("completion",), tokenizer, max_length)
+    except DataError as error:
+        turns = record.completion
+        if error.code != "E216" or isinstance(turns, str) or len(turns) < 2 or isinstance(record.prompt, str):
+            raise
+        last = replace(record, prompt=record.prompt + turns[:-1], completion=turns[-1:])
+        try:
+            return _group(last, (last.completion,), ("completion",), tokenizer, max_length)
+        except DataError:
+            raise error from None
+
+
+def tokenize_feedback(record: Feedback, tokenizer, *, max_length: int | None = None) -> TokenGroup:
+    """The row's group: completions (own, mismatched), or own alone; the own one decides what the prompt loses."""
+    completions, names = (record.completion,), ("completion",)
+    if record.mismatched is not None:
+        completions, names = (record.completion, record.mismatched), ("completion", "mismatched completion")
+    return replace(_group(record, completions, names, tokenizer, max_length, deciding=1), label=record.label)
+
+
+def tokenize_ranking(record: Ranking, tokenizer, *, max_length: int | None = None) -> TokenGroup:
+    """The ranking's group: K completions and the record's preferences. See `tokenize`."""
+    names = tuple(f"completion {index + 1}" for index in range(len(record.completions)))
+    return replace(
+        _group(record, record.completions, names, tokenizer, max_length), preferences=tuple(record.preferences)
+    )
+
+
+def encode_prompt(prompt: Text, tokenizer, *, where: str | None = None) -> np.ndarray:
+    """(P,) int32 ids of the prompt exactly as generation sees it: at most one BOS, no end token.
+
+    A plain string gets the tokenizer's own special tokens and no template; "" is BOS alone, or nothing without one.
+    A conversation gets the template's text up to where the assistant's turn opens; its last message must not be the
+    assistant's (DataError E216).
+    """
+    encoder = _encoder(tokenizer)
+    ids = encoder.plain(prompt, (), where)[0] if isinstance(prompt, str) else encoder.chat_prompt(prompt, where)[0]
+    return np.asarray(ids, dtype=np.int32)
+
+
+def end_tokens(tokenizer, chat: bool = True) -> frozenset[int]:
+    """Ids that end a completion in generation: the end token, and in chats the template's end-of-turn token too."""
+    encoder = _encoder(tokenizer)
+    found = {encoder.eos, encoder.turn_end[1] if chat else None}
+    return frozenset(found - {None})
+
+
+def without_signal(group: TokenGroup) -> bool:
+    """Whether the group prefers one completion over another and all such two have equal ids (a cut can do that)."""
+    return bool(group.preferences) and all(
+        np.array_equal(group.completions[better], group.completions[worse]) for better, worse in group.preferences
+    )
+
+
+def control_text(text: Text, tokenizer) -> tuple[str, ...]:
+    """Control strings of the tokenizer that stand in a text; they are encoded as the text they are (W220)."""
+    encoder = _encoder(tokenizer)
+    if isinstance(text, str):
+        return tuple(encoder.found(text))
+    return tuple(found for message in text for found in encoder.found(message.content, own=message.role == "assistant"))
+
+
+def ends_with_end_text(completion: Text, tokenizer) -> bool:
+    """Whether a completion's text already ends with the end token's text; it is not doubled (W221)."""
+    encoder = _encoder(tokenizer)
+    text = completion if isinstance(completion, str) else completion[-1].content if completion else ""
+    return encoder.without_end(text, chat=not isinstance(completion, str)) != text
+
+
+class Encoder:
+    """What is worth knowing once about a tokenizer: its BOS, ends, control strings, and how to continue a text.
+
+    bos, eos: ids or None. prefix: ids it writes before every text. turn_end: text and id of the chat template's
+    end-of-turn token, or (None, None).
+    """
+
+    def __init__(self, tokenizer):
+        # The tokenizer is passed in again with each call: the cache would else keep it alive for ever.
+        self._tokenizer = weakref.ref(tokenizer)
+        self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self.control = _control_tokens(tokenizer)
+        # <think> and </think>, where they are no special tokens, are words of the assistant's own.
+        own = {text for text, special in self.control.items() if not special and _is_tag(text, self.control)}
+        self._anyone = _any_of(self.control)
+        self._assistant = _any_of(set(self.control) - own)
+        self._control_ids = {tokenizer.convert_tokens_to_ids(text) for text in self.control}
+        self._marked = None
+        self.prefix = _prefix(tokenizer)
+        self.tail = template.turn_tail(tokenizer) if tokenizer.chat_template else None
+        match = self._anyone.search(self.tail) if self.tail and self._anyone else None
+        self.turn_end = (match[0], tokenizer.convert_tokens_to_ids(match[0])) if match else (None, None)
+        one = self.ids("1")
+        self._dummy = self.decode(one + one) != self.decode(self.ids("11"))
+        self._anchors = [(text, ids) for text in _ANCHORS if (ids := self.ids(text))]
+
+    @property
+    def tokenizer(self):
+        return self._tokenizer()
+
+    # Text to ids
+
+    def found(self, text: str, own: bool = False) -> list[str]:
+        pattern = self._assistant if own else self._anyone
+        return pattern.findall(text) if pattern else []
+
+    def mark(self, text: str, own: bool = False) -> str:
+        """`text` with a mark inside every control string; own: the assistant's own tags stay as they are."""
+        pattern = self._assistant if own else self._anyone
+        while pattern and pattern.search(text):
+            text = pattern.sub(lambda match: match[0][0] + _MARK + match[0][1:], text)
+        return text
+
+    def ids(self, text: str) -> list[int]:
+        """Ids of a text without BOS or end; control strings become control tokens unless they are marked."""
+        return self.all_ids([text])[0]
+
+    def all_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        if any(_MARK in text for text in texts):
+            return [self._marked_ids(text) if _MARK in text else self.all_ids([text])[0] for text in texts]
+        return self.tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, truncation=False, verbose=False
+        )["input_ids"]
+
+    def _marked_ids(self, text: str) -> list[int]:
+        if self._marked is None:
+            self._marked = _marked_encoder(self.tokenizer, self.control)
+        ids = self._marked(text)
+        wanted = len(self.found(text))
+        if sum(token in self._control_ids for token in ids) > wanted:
+            raise DataError(
+                "control text in the row cannot be kept as text with this tokenizer",
+                code="E220",
+                next="remove it from the row or skip the row",
+            )
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def continuation(self, done: list[int], whole: list[int], rest: str) -> list[int]:
+        """Ids that continue `done` so that both decode as `whole` does.
+
+        done: ids that stay. whole: ids of the text that `done` and `rest` make together. Where a merge crosses the
+        seam, `rest` is encoded behind an anchor that it does not merge with, and judged by decoding.
+        """
+        if whole[: len(done)] == done:
+            return whole[len(done) :]
+        target, first = self.decode(whole), None
+        for ids in self._continuations(rest):
+            if self.decode(done + ids) == target:
+                return ids
+            first = ids if first is None else first
+        return first if first is not None else []
+
+    def _continuations(self, rest: str) -> Iterator[list[int]]:
+        for text in dict.fromkeys((rest, rest.lstrip())):
+            if not self._dummy:
+                yield self.ids(text)
+            for anchor, head in self._anchors:
+                ids = self.ids(anchor + text)
+                if ids[: len(head)] == head:
+                    yield ids[len(head) :]
+            if self._dummy:
+                yield self.ids(text)
+
+    def without_end(self, text: str, chat: bool) -> str:
+        """`text` without the end token's own text behind it."""
+        ends = {self.tokenizer.eos_token, self.turn_end[0] if chat else None} - {None, ""}
+        while any(text.endswith(end) for end in ends):
+            text = text[: -max(len(end) for end in ends if text.endswith(end))]
+        return text
+
+    # Rows to ids
+
+    def plain(self, prompt: str, completions: Sequence[str], where: str | None):
+        """Prompt ids; per completion its ids, its spans and whether it ends in an end token."""
+        bodies = [self.without_end(text, chat=False) for text in completions]
+        own, *wholes = self._located([self.mark(prompt), *(self.mark(prompt + body) for body in bodies)], where)
+        head = self.prefix or ([self.bos] if not own and self.bos is not None else [])
+        ids, sides = head + own, []
+        for body, whole in zip(bodies, wholes, strict=True):
+            rest = self.continuation(ids, head + whole, self.mark(body)) if body else []
+            spans = ((0, len(rest)),)
+            sides.append(self._ended(rest, spans))
+        return ids, sides
+
+    def chat_prompt(self, prompt: tuple[Message, ...], where: str | None) -> tuple[list[int], str]:
+        """Ids and (marked) text of a conversation up to where the assistant's turn opens."""
+        if prompt and prompt[-1].role == "assistant":
+            raise DataError(
+                "the prompt ends with an assistant message, so there is no turn left to answer in",
+                where=where,
+                code="E216",
+                next="end the prompt with a user message",
+            )
+        text = template.render(self._safe(prompt), self.tokenizer, prompt=True, where=where)
+        return self._located([text], where)[0], text
+
+    def chat(self, prompt: tuple[Message, ...], completions: Sequence[tuple[Message, ...]], where: str | None):
+        """As `plain`, for conversations."""
+        ids, text = self.chat_prompt(prompt, where)
+        return ids, [self._turns(prompt, completion, ids, text, where) for completion in completions]
+
+    def _turns(self, prompt, completion, ids: list[int], opening: str, where: str | None):
+        """Ids of the turns after `opening`, each assistant turn that stands as it was generated being a span."""
+        messages = self._safe(prompt) + self._safe(completion, ending=True)
+        whole = template.render(messages, self.tokenizer, prompt=False, where=where)
+        if not whole.startswith(opening):
+            raise DataError(
+                f"the chat template writes this prompt otherwise once a reply follows: {_difference(opening, whole)}",
+                where=where,
+                code="E216",
+                next="skip the row, or give another template with --chat-template FILE",
+            )
+        start, marks = len(opening), []
+        *inner, last = [at for at in range(len(prompt), len(messages)) if messages[at].role == "assistant"]
+        for at in inner:
+            span = self._inner_turn(messages, at, whole, where)
+            if span is not None:
+                marks.append(span)
+        if inner:
+            text = template.render(messages[:last], self.tokenizer, prompt=True, where=where)
+            if not whole.startswith(text):
+                raise DataError(
+                    f"the chat template rewrites earlier turns: {_difference(text, whole)}",
+                    where=where,
+                    code="E216",
+                    next="skip the row, or give another template with --chat-template FILE",
+                )
+            start = len(text)
+        end, closed = self._turn_close(whole, start)
+        marks.append((start, end))
+
+        done, position, spans = list(ids), len(opening), []
+        for begin, stop in marks:
+            for edge in (begin, stop):
+                if edge > position:
+                    (known,) = self._located([whole[:edge]], where)
+                    first = len(done)
+                    done += self.continuation(done, known, whole[position:edge])
+                    position = edge
+                    if edge == stop:
+                        spans.append((first - len(ids), len(done) - len(ids)))
+        rest = done[len(ids) :]
+        if closed:
+            return rest, tuple(spans), True
+        return self._ended(rest, tuple(spans))
+
+    def _inner_turn(self, messages, at: int, whole: str, where: str | None) -> tuple[int, int] | None:
+        """Where in `whole` the turn `at` was generated, or None if it stands there otherwise than when it was last."""
+        opening = template.render(messages[:at], self.tokenizer, prompt=True, where=where)
+        alone = template.render(messages[: at + 1], self.tokenizer, prompt=False, where=where)
+        if not whole.startswith(opening) or not alone.startswith(opening):
+            return None
+        end, _ = self._turn_close(alone, len(opening))
+        return (len(opening), end) if whole.startswith(alone[:end]) else None
+
+    def _turn_close(self, text: str, start: int) -> tuple[int, bool]:
+        """Where the turn that opened at `start` and is the last of `text` ends, its end-of-turn token included."""
+        end = self.turn_end[0]
+        if end is not None:
+            at = text.find(end, start)
+            if at >= 0:
+                return at + len(end), True
+        stripped = text.removesuffix(self.tail) if self.tail else text
+        return max(len(stripped), start), False
+
+    def _ended(self, ids: list[int], spans):
+        """The completion with the end token behind it, if the tokenizer has one."""
+        if self.eos is None or not ids:
+            return ids, spans, False
+        return [*ids, self.eos], (*spans[:-1], (spans[-1][0], len(ids) + 1)), True
+
+    def _safe(self, messages: Sequence[Message], ending: bool = False) -> tuple[Message, ...]:
+        """Messages with marked contents; ending: without end tokens' text behind an assistant's."""
+        safe = []
+        for message in messages:
+            own = message.role == "assistant"
+            content = self.without_end(message.content, chat=True) if ending and own else message.content
+            safe.append(Message(message.role, self.mark(content, own)))
+        return tuple(safe)
+
+    def _located(self, texts: Sequence[str], where: str | None) -> list[list[int]]:
+        try:
+            return self.all_ids(texts)
+        except DataError as error:
+            error.where = where
+            raise
+
+
+def _group(record, completions, names, tokenizer, max_length, deciding: int | None = None) -> TokenGroup:
+    """The group of a prompt and completions, cut to `max_length`; the first `deciding` decide the prompt's cut."""
+    where = str(record.source) if record.source is not None else None
+    encoder = _encoder(tokenizer)
+    kinds = {isinstance(text, str) for text in (record.prompt, *completions)}
+    if len(kinds) > 1:
+        raise DataError(
+            "the row mixes plain strings and messages", where=where, code="E219", next="use one form for both"
+        )
+    if isinstance(record.prompt, str):
+        prompt, sides = encoder.plain(record.prompt, completions, where)
+    else:
+        for name, completion in zip(names, completions, strict=True):
+            _check_turns(name, completion, where)
+        prompt, sides = encoder.chat(tuple(record.prompt), [tuple(turns) for turns in completions], where)
+
+    for name, (ids, spans, closed) in zip(names, sides, strict=True):
+        if sum(stop - start for start, stop in spans) - closed < 1:
+            raise DataError(f"the {name} has no token", where=where, code="E222", next="fix the row or skip it")
+    longest = max((len(ids) for ids, _, _ in sides[:deciding]), default=0)
+    keep = len(prompt)
+    if max_length is not None and keep + longest > max_length:
+        has_bos = encoder.bos is not None and prompt[:1] == [encoder.bos]
+        least = min(len(prompt), 1 + has_bos)
+        keep = max(least, min(keep, max_length - longest))
+        dropped = len(prompt) - keep
+        prompt = prompt[:1] + prompt[1 + dropped :] if has_bos else prompt[dropped:]
+    else:
+        dropped = 0
+    limit = None if max_length is None else max(0, max_length - keep)
+    arrays, scored, cut = [], [], []
+    first = 0 if prompt else 1  # nothing predicts the first token of a text
+    for name, (ids, spans, _) in zip(names, sides, strict=True):
+        kept = ids if limit is None else ids[:limit]
+        spans = tuple(
+            (max(start, first), min(stop, len(kept)))
+            for start, stop in spans
+            if max(start, first) < min(stop, len(kept))
+        )
+        if not spans:
+            raise DataError(
+                f"no scored token of the {name} is left: prompt {keep + dropped}, {name} {len(ids)}, "
+                f"max length {max_length} tokens",
+                where=where,
+                code="E223",
+                next="raise --max-length or skip the row",
+            )
+        arrays.append(np.asarray(kept, dtype=np.int32))
+        scored.append(spans)
+        cut.append(len(kept) < len(ids))
+    return TokenGroup(
+        prompt=np.asarray(prompt, dtype=np.int32),
+        completions=tuple(arrays),
+        spans=tuple(scored),
+        cut=tuple(cut),
+        prompt_cut=dropped,
+        source=record.source,
+    )
+
+
+def _check_turns(name: str, completion: Sequence[Message], where: str | None) -> None:
+    if not completion:
+        raise DataError(f"the {name} has no message", where=where, code="E208", next="fix the row or skip it")
+    for message, place, code in ((completion[0], "begin", "E216"), (completion[-1], "end", "E215")):
+        if message.role != "assistant":
+            raise DataError(
+                f'the {name} must {place} with an assistant message, not "{message.role}"',
+                where=where,
+                code=code,
+                next="fix the row or skip it",
+            )
+
+
+_encoders: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
+
+
+def _encoder(tokenizer) -> Encoder:
+    """The tokenizer's Encoder, built once and again when its template or its special tokens changed."""
+    state = (tokenizer.chat_template, tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer))
+    known = _encoders.get(tokenizer)
+    if known is None or known[0] != state:
+        known = _encoders[tokenizer] = (state, Encoder(tokenizer))
+    return known[1]
+
+
+def _control_tokens(tokenizer) -> dict[str, bool]:
+    """Control strings -> whether the tokenizer calls them special.
+
+    Special added tokens, and others that the chat template writes or that look like <|this|>. Added words and runs of
+    blanks are text.
+    """
+    source = tokenizer.chat_template or ""
+    source = source if isinstance(source, str) else " ".join(source.values())
+    named = set(_variables_of(tokenizer))
+    found = {}
+    for token in tokenizer.added_tokens_decoder.values():
+        text = token.content
+        if len(text) < 2 or not text.strip():
+            continue
+        if token.special or text in named or text in source or re.fullmatch(r"<[|｜].*[|｜]>", text):
+            found[text] = token.special or text in named
+    return found
+
+
+def _variables_of(tokenizer) -> Iterator[str]:
+    for value in tokenizer.special_tokens_map.values():
+        yield from [value] if isinstance(value, str) else map(str, value)
+
+
+def _is_tag(text: str, others) -> bool:
+    match = re.fullmatch(r"</?(\w+)>", text)
+    return bool(match) and f"<{match[1]}>" in others and f"</{match[1]}>" in others
+
+
+def _any_of(texts) -> re.Pattern | None:
+    ordered = sorted(texts, key=lambda text: (-len(text), text))
+    return re.compile("|".join(map(re.escape, ordered))) if ordered else None
+
+
+def _prefix(tokenizer) -> list[int]:
+    """What the tokenizer writes before a text of its own accord; what it writes behind is left to us."""
+    body = tokenizer("1", add_special_tokens=False)["input_ids"]
+    full = tokenizer("1")["input_ids"]
+    for at in range(len(full) - len(body) + 1):
+        if full[at : at + len(body)] == body:
+            prefix = full[:at]
+            break
+    else:
+        prefix = []
+    bos = tokenizer.bos_token_id
+    while len(prefix) > 1 and prefix[0] == prefix[1] == bos:
+        prefix = prefix[1:]
+    return prefix
+
+
+def _marked_encoder(tokenizer, control):
+    """A function from marked text to ids in which marked control strings are text, all else as the tokenizer has it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return lambda text: _piecewise(tokenizer, control, text)
+    from tokenizers import Tokenizer
+
+    spec = json.loads(backend.to_str())
+    spec["truncation"] = spec["padding"] = spec["post_processor"] = None
+    unmark = {"type": "Replace", "pattern": {"String": _MARK}, "content": ""}
+    old = spec["normalizer"]
+    spec["normalizer"] = {"type": "Sequence", "normalizers": [unmark, *([old] if old else [])]}
+    for token in spec["added_tokens"]:
+        if token["content"] in control:
+            token["normalized"] = False
+    if spec["model"]["type"] == "Unigram":
+        # Its pieces are looked for in the text itself, control strings among them.
+        for piece in spec["model"]["vocab"]:
+            if piece[0] in control:
+                piece[0] = f"{_MARK}{piece[0]}"
+    clone = Tokenizer.from_str(json.dumps(spec))
+    clone.encode_special_tokens = False
+    moved = {
+        clone.token_to_id(token["content"]): token["id"]
+        for token in spec["added_tokens"]
+        if clone.token_to_id(token["content"]) != token["id"]
+    }
+    return lambda text: [moved.get(token, token) for token in clone.encode(text, add_special_tokens=False).ids]
+
+
+def _piecewise(tokenizer, control, text: str) -> list[int]:
+    """The same for tokenizers without a Rust backend: what stands between control tokens is encoded apart."""
+    pattern, ids, at = _any_of(control), [], 0
+    edges = [(match.start(), match.end()) for match in pattern.finditer(text)] + [(len(text), len(text))]
+    for start, stop in edges:
+        piece = text[at:start].replace(_MARK, "")
+        if piece:
+            ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        if stop > start:
+            ids.append(tokenizer.convert_tokens_to_ids(text[start:stop]))
+        at = stop
+    return ids
+
+
+def _difference(one: str, other: str) -> str:
+    """Where two renderings part, quoted shortly."""
+    at = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    one, other = (text[at : at + 30].replace(_MARK, "") for text in (one, other))
+    return f'"{_quoted(one)}" became "{_quoted(other)}"'
+
+
+def _quoted(text: str) -> str:
+    return text.encode("unicode_escape").decode()
