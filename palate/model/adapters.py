@@ -56,6 +56,8 @@ def add_lora(
         ) from error
     finally:
         torch.default_generator.set_state(state)
+    # peft keeps a set, whose order in the saved file would change from process to process.
+    adapted.peft_config["default"].target_modules = sorted(adapted.peft_config["default"].target_modules)
     return adapted.train(training)
 
 

@@ -1,7 +1,7 @@
 """Attention over a shared-prompt stream, and the proof that a model really uses it.
 
 transformers calls a registered function in place of its own attention; it gets the layout as a forward keyword and runs
-stretch by stretch: prompt and first branch are plain causal text, each further branch queries [prompt, branch].
+stretch by stretch: a prompt is plain causal text, each of its branches queries [prompt, branch].
 The implementation is switched on inside `shared_attention` only: `generate` needs the stock one.
 """
 
@@ -53,34 +53,28 @@ def stream_attention(
         raise NotShared("the model passes a mask of its own or drops the layout")
     _Calls.total += 1
     _Calls.windowed += sliding_window is not None
-    sizes = palate_layout.sizes
     # One split per layer: slicing stretch by stretch would make every backward allocate a full-size zero tensor.
-    q, k, v = (x[0].split(sizes, dim=1) for x in (query, key, value))
-    prompts: dict[int, tuple[Tensor, Tensor]] = {}
-    for (prompt, _), pairs in palate_layout.forks.items():
-        for trunk, _ in pairs:
-            if trunk not in prompts:
-                rest = sizes[trunk] - prompt
-                prompts[trunk] = (k[trunk].split((prompt, rest), dim=1)[0], v[trunk].split((prompt, rest), dim=1)[0])
-    out: list[Tensor | None] = [None] * len(sizes)
+    q, k, v = (x[0].split(palate_layout.sizes, dim=1) for x in (query, key, value))
+    out = list(q)  # empty stretches and the inert tail stay what they are
 
-    def attend(stretches, queries, keys, values):
-        result = _attention(
-            torch.stack(queries), torch.stack(keys), torch.stack(values), scaling, sliding_window, softcap, s_aux
-        )
+    def attend(stretches, keys, values):
+        queries = torch.stack([q[i] for i in stretches])
+        result = _attention(queries, torch.stack(keys), torch.stack(values), scaling, sliding_window, softcap, s_aux)
         for stretch, part in zip(stretches, result.unbind(0), strict=True):
             out[stretch] = part
 
-    for stretches in palate_layout.trunks.values():
-        attend(stretches, [q[i] for i in stretches], [k[i] for i in stretches], [v[i] for i in stretches])
+    for stems in palate_layout.stems.values():
+        attend(stems, [k[i] for i in stems], [v[i] for i in stems])
     for pairs in palate_layout.forks.values():
+        # All branches are treated alike, the first one too: a completion's bits do not depend on what stands beside it.
         attend(
             [branch for _, branch in pairs],
-            [q[branch] for _, branch in pairs],
-            [torch.cat((prompts[trunk][0], k[branch]), dim=1) for trunk, branch in pairs],
-            [torch.cat((prompts[trunk][1], v[branch]), dim=1) for trunk, branch in pairs],
+            [torch.cat((k[stem], k[branch]), dim=1) for stem, branch in pairs],
+            [torch.cat((v[stem], v[branch]), dim=1) for stem, branch in pairs],
         )
-    return torch.cat([part for part in out if part is not None], dim=1).transpose(0, 1).unsqueeze(0), None
+    if value.shape[-1] != query.shape[-1]:  # an untouched stretch has the queries' width
+        out = [x if x.shape[-1] == value.shape[-1] else x.new_zeros(*x.shape[:-1], value.shape[-1]) for x in out]
+    return torch.cat(out, dim=1).transpose(0, 1).unsqueeze(0), None
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scaling, window, softcap, sinks) -> Tensor:

@@ -7,6 +7,7 @@ numbers: so unknown config keys count, and only those that are known not to touc
 import hashlib
 import inspect
 import json
+import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,17 +18,18 @@ from torch import Tensor, nn
 _VERSION = b"palate-fingerprint-1"
 
 # Config keys that no evaluated forward of given token ids reads. Dropout is off where scores are made.
-_IRRELEVANT = frozenset(
-    """
-    _name_or_path transformers_version architectures dtype torch_dtype use_cache return_dict problem_type
-    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id
-    id2label label2id num_labels finetuning_task task_specific_params
-    output_attentions output_hidden_states output_scores output_logits output_router_logits
-    _attn_implementation _attn_implementation_internal attn_implementation _experts_implementation
-    chunk_size_feed_forward gradient_checkpointing initializer_range
-    do_sample num_beams num_beam_groups diversity_penalty length_penalty repetition_penalty no_repeat_ngram_size
-    early_stopping num_return_sequences max_length min_length max_new_tokens
-    """.split()
+_IRRELEVANT = re.compile(
+    r"""
+    _name_or_path | transformers_version | architectures | dtype | torch_dtype | use_cache | return_dict | problem_type
+    | (bos | eos | pad | sep | decoder_start)_token_id
+    | id2label | label2id | num_labels | finetuning_task | task_specific_params
+    | output_(attentions | hidden_states | scores | logits | router_logits)
+    | _?(attn | experts)_implementation(_internal)? | chunk_size_feed_forward | gradient_checkpointing | initializer_range
+    | do_sample | num_beams | num_beam_groups | diversity_penalty | length_penalty | repetition_penalty
+    | no_repeat_ngram_size | early_stopping | num_return_sequences | max_length | min_length | max_new_tokens
+    | .*dropout.* | .*pdrop | .*layerdrop
+    """,
+    re.VERBOSE,
 )
 
 
@@ -95,16 +97,12 @@ def _bytes_digest(tensor: Tensor) -> str:
 def _plain(value):
     """`value` as plain JSON values, without the keys that a forward does not read, at any depth."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items() if not _irrelevant(str(key))}
+        return {str(key): _plain(item) for key, item in value.items() if not _IRRELEVANT.fullmatch(str(key))}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if isinstance(value, (set, frozenset)):
         return sorted(str(item) for item in value)
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
-
-
-def _irrelevant(key: str) -> bool:
-    return key in _IRRELEVANT or "dropout" in key or key.endswith(("pdrop", "layerdrop"))
 
 
 def _foreign_code(model: nn.Module) -> str | None:

@@ -6,22 +6,28 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from palate.errors import ModelError, UsageError
-from palate.model.adapters import add_lora, is_adapted, merged_copy, reference_mode, trainable_names
+from palate.model.adapters import (
+    add_lora,
+    is_adapted,
+    merged_copy,
+    reference_mode,
+    trainable_names,
+)
 
 IDS = torch.tensor([[5, 9, 2, 11, 60, 3, 3, 8], [1, 90, 44, 7, 7, 12, 50, 31]])
 
 
 def llama(dtype=torch.float32, **changes):
     torch.manual_seed(0)
-    config = dict(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
+    config = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
     return AutoModelForCausalLM.from_config(LlamaConfig(**{**config, **changes})).to(dtype).eval()
 
 

@@ -10,15 +10,15 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from palate.model.adapters import add_lora, merged_copy
 from palate.model.fingerprint import base_fingerprint, fingerprint
 
-LLAMA = dict(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-)
+LLAMA = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
 
 
 def llama(seed=0, **changes):
@@ -28,7 +28,7 @@ def llama(seed=0, **changes):
 
 def gpt2(seed=0, **changes):
     torch.manual_seed(seed)
-    config = GPT2Config(**{**dict(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4), **changes})
+    config = GPT2Config(**{"vocab_size": 97, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, **changes})
     return AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -52,14 +52,14 @@ def test_survives_saving_copying_and_renaming_the_folder(make, tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        dict(use_cache=False),
-        dict(bos_token_id=7),
-        dict(eos_token_id=8),
-        dict(pad_token_id=9),
-        dict(attention_dropout=0.5),
-        dict(num_labels=3),
-        dict(output_hidden_states=True),
-        dict(initializer_range=0.02),
+        {"use_cache": False},
+        {"bos_token_id": 7},
+        {"eos_token_id": 8},
+        {"pad_token_id": 9},
+        {"attention_dropout": 0.5},
+        {"num_labels": 3},
+        {"output_hidden_states": True},
+        {"initializer_range": 0.02},
     ],
     ids=str,
 )
@@ -80,14 +80,14 @@ def test_attention_implementation_mode_and_flags_do_not_count():
 @pytest.mark.parametrize(
     "change",
     [
-        dict(rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
-        dict(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
-        dict(rms_norm_eps=1e-5),
-        dict(hidden_act="gelu"),
-        dict(max_position_embeddings=128),
-        dict(num_attention_heads=8, num_key_value_heads=2, head_dim=8),
-        dict(tie_word_embeddings=True),
-        dict(some_key_of_a_later_release=1),
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+        {"rms_norm_eps": 1e-5},
+        {"hidden_act": "gelu"},
+        {"max_position_embeddings": 128},
+        {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8},
+        {"tie_word_embeddings": True},
+        {"some_key_of_a_later_release": 1},
     ],
     ids=str,
 )
