@@ -139,7 +139,7 @@ def dpo(logps: PairLogps, *, beta: float = 0.1, label_smoothing: float = 0.0) ->
 @pairwise_loss(
     "robust_dpo",
     reference=True,
-    paper="arXiv:2403.00409, eq. 12",
+    paper="arXiv:2403.00409, section 3 (robust loss)",
     at_start=_log_two,
     ranges={"beta": POSITIVE, "label_smoothing": "[0, 0.5)"},
 )
@@ -148,7 +148,7 @@ def robust_dpo(logps: PairLogps, *, beta: float = 0.1, label_smoothing: float = 
 
     beta: pull towards the reference, > 0. label_smoothing: flip rate e of the labels, [0, 0.5).
     Unbounded below: its slope in h tends to -beta e / (1 - 2e), so a run needs a stop.
-    Source: Chowdhury, Kini and Natarajan 2024, arXiv:2403.00409, eq. 12.
+    Source: Chowdhury, Kini and Natarajan 2024, arXiv:2403.00409, section 3, the robust loss.
     """
     margin = beta * logps.log_ratio
     kept, flipped = -logsigmoid(margin), -logsigmoid(-margin)
@@ -265,7 +265,7 @@ def dpo_nll(logps: PairLogps, *, beta: float = 0.1, alpha: float = 1.0) -> Tenso
 @pairwise_loss(
     "ln_dpo",
     reference=True,
-    paper="arXiv:2411.15124, eq. 6",
+    paper="arXiv:2411.15124, section 5.1 (length-normalised DPO)",
     normalised=True,
     at_start=_log_two,
     ranges={"beta": POSITIVE},
@@ -274,19 +274,19 @@ def ln_dpo(logps: PairLogps, *, beta: float = 5.0) -> Tensor:
     """Length-normalised DPO loss of each pair: shape (P,), nats. DPO on log-ratios per token; needs lengths.
 
     beta: pull towards the reference, > 0; per token, hence tens of times larger than DPO's.
-    Source: Lambert et al. 2024 (Tulu 3), arXiv:2411.15124, eq. 6.
+    Source: Lambert et al. 2024 (Tulu 3), arXiv:2411.15124, section 5.1, length-normalised DPO.
     """
     return -logsigmoid(beta * logps.mean_log_ratio)
 
 
 @pairwise_loss(
-    "r_dpo", reference=True, paper="arXiv:2403.19159, eq. 9", ranges={"beta": POSITIVE, "alpha": NOT_NEGATIVE}
+    "r_dpo", reference=True, paper="arXiv:2403.19159, section 3 (length-regularised objective)", ranges={"beta": POSITIVE, "alpha": NOT_NEGATIVE}
 )
 def r_dpo(logps: PairLogps, *, beta: float = 0.1, alpha: float = 0.05) -> Tensor:
     """Length-regularised DPO loss of each pair: shape (P,), nats. A token costs alpha in reward; needs lengths.
 
     beta: pull towards the reference, > 0. alpha: reward per token taken off, >= 0.
-    Source: Park et al. 2024, arXiv:2403.19159, eq. 9.
+    Source: Park et al. 2024, arXiv:2403.19159, section 3.
     Trap: the length difference is added inside the sigmoid. A long chosen side is thereby explained by its length and
     earns less; with a minus sign, as sometimes published, length is driven up.
     """
