@@ -67,16 +67,22 @@ class _Builder:
         self.name, self.anchors = name, {}
         self.events = []
         try:
-            for event in yaml.parse(text, Loader=_Events):
+            depth = 0
+            for event in yaml.parse(text, Loader=_Events):  # bracket by bracket: PyYAML slows down with their depth
                 self.events.append(event)
+                depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+                if len(self.events) > 2 * MAX_NODES:
+                    raise self.refuse(f"more than {MAX_NODES:,} values", 1, code="E312", next="check the file")
+                if depth > MAX_DEPTH:
+                    line = event.start_mark.line + 1
+                    raise self.refuse(f"nested deeper than {MAX_DEPTH}", line, code="E312", next="check the file")
         except yaml.reader.ReaderError as error:
             line = text.count("\n", 0, error.position) + 1
-            what = f"character {str(error).partition(chr(10))[0][-60:]!r} is not allowed"
+            code = error.character if isinstance(error.character, int) else 0
+            what = f"control character U+{code:04X} is not allowed"
             raise self.refuse(what, line, next="remove it") from None
         except yaml.MarkedYAMLError as error:
             raise self.broken(error) from None
-        except RecursionError:
-            raise self.refuse(f"nested deeper than {MAX_DEPTH}", 1, code="E312", next="check the file") from None
         self.at = 0
 
     def refuse(self, what, line, column=None, code="E304", next="write plain keys and values"):
@@ -102,15 +108,7 @@ class _Builder:
         starts = [e for e in self.events if isinstance(e, yaml.DocumentStartEvent)]
         if len(starts) > 1:
             raise self.refuse("a second document begins here", starts[1].start_mark.line + 1, next="keep one document")
-        depth = 0
-        for event in self.events:  # before anything recurses
-            if isinstance(event, yaml.CollectionStartEvent):
-                depth += 1
-                if depth > MAX_DEPTH:
-                    line = event.start_mark.line + 1
-                    raise self.refuse(f"nested deeper than {MAX_DEPTH}", line, code="E312", next="check the file")
-            elif isinstance(event, yaml.CollectionEndEvent):
-                depth -= 1
+        for event in self.events:
             tag = getattr(event, "tag", None)
             if tag is not None:
                 line = event.start_mark.line + 1
@@ -296,7 +294,7 @@ def _bounds(field) -> str:
     words = []
     for sign, name in ((">", "gt"), (">=", "ge"), ("<", "lt"), ("<=", "le")):
         for rule in found:
-            if getattr(rule, name, None) is not None:
+            if getattr(rule, name, None) not in (None, math.inf):
                 words.append(f"{sign} {getattr(rule, name)}")
     text = " and ".join(dict.fromkeys(words))
     literal = _choices(field.annotation)
