@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from .errors import CheckpointError, MachineError, NotThereError, UsageError
 
@@ -369,6 +369,12 @@ def make_folder(path: str | os.PathLike) -> None:
             operations.fsync_dir(path.parent)
 
 
+def remove_file(path: str | os.PathLike) -> None:
+    """Removes a file; nothing where there is none."""
+    with machine_errors(path, "removed"), contextlib.suppress(FileNotFoundError):
+        operations.unlink(Path(path))
+
+
 def remove_tree(path: str | os.PathLike) -> None:
     """Removes a folder and all in it, links as links; nothing where there is none. A crash leaves a damaged folder."""
     path = Path(path)
@@ -503,7 +509,7 @@ class Lock:
     POSIX lockf: a forked child does not inherit it. Raises MachineError (E503) naming the owner's pid, host and start.
     """
 
-    _mine: set[str] = set()  # lockf lets a process lock twice, and closing either would free both
+    _mine: ClassVar[set[str]] = set()  # lockf lets a process lock twice, and closing either would free both
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
@@ -539,7 +545,7 @@ class Lock:
             self._fd = None
             Lock._mine.discard(self._name)
 
-    def __enter__(self) -> "Lock":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
