@@ -5,6 +5,7 @@ are never opened, and a local path never touches the network.
 """
 
 import copy
+import io
 import json
 import logging
 import os
@@ -12,7 +13,7 @@ import re
 import struct
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 
 from ..errors import MachineError, ModelError, NotThereError, PalateError, UsageError
+from ..files import new_folder
 from .adapters import is_adapted, merged_copy
 from .fingerprint import base_fingerprint, fingerprint
 
@@ -130,8 +132,6 @@ def save(
 
     card: the text of README.md; without it a short one is written.
     """
-    from ..files import new_folder
-
     folder = Path(folder)
     if is_adapted(model):
         plain = merged_copy(model)
@@ -339,8 +339,9 @@ def _from_gguf(text: str, path: Path, how: _How) -> LoadedModel:
         import gguf  # noqa: F401  (transformers looks for it)
     except ImportError:
         raise UsageError("reading GGUF needs the package gguf", next="pip install 'palate[gguf]'") from None
-    tokenizer = _tokenizer(path.parent, how, gguf_file=path.name)
-    model = _pretrained(path.parent, how, gguf_file=path.name)
+    with redirect_stderr(io.StringIO()):  # its bar listens to nobody
+        tokenizer = _tokenizer(path.parent, how, gguf_file=path.name)
+        model = _pretrained(path.parent, how, gguf_file=path.name)
     # The weights were dequantized while reading; what remembers the packing would only forbid saving them.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -416,7 +417,8 @@ def _new(text: str, how: _How) -> LoadedModel:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     finally:
         torch.default_generator.set_state(state)
-    model = model.to(how.device, how.dtype)
+    _cast(model, how.dtype)
+    model = model.to(how.device)
     tokenizer = None
     if any((path.parent / name).is_file() for name in _TOKENIZER_FILES):
         tokenizer = _tokenizer(path.parent, how)
@@ -519,6 +521,15 @@ def _used_tokens(tokenizer) -> set[str]:
     roles = {getattr(tokenizer, f"{role}_token", None) for role in ("bos", "eos", "pad", "unk")}
     idle = {str(token) for token in added if token.special and str(token) not in roles and str(token) not in templates}
     return set(tokenizer.get_vocab()) - idle
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts the weights as from_pretrained would: `model.to(dtype)` would round the rotary frequencies as well."""
+    for module in model.modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and tensor.is_floating_point() and name not in module._non_persistent_buffers_set:
+                tensor.data = tensor.data.to(dtype)
+    model.config.dtype = dtype
 
 
 def _adopt_ids(model: nn.Module, tokenizer) -> None:
@@ -758,8 +769,6 @@ def _scrub_config(path: Path) -> None:
 
 
 def _save_adapter(model: nn.Module, folder: Path) -> None:
-    from ..files import new_folder
-
     with new_folder(folder) as tmp, quiet():
         tmp = Path(tmp)
         model.save_pretrained(tmp, save_embedding_layers=False)
@@ -774,7 +783,11 @@ def _verify(model: nn.Module, plain: nn.Module, folder: Path) -> None:
 
     with _refusing(str(folder), "E404", "the saved model cannot be read back"), quiet():
         again = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=plain.dtype, local_files_only=True, use_safetensors=True
+            folder,
+            dtype=plain.dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            attn_implementation=plain.config._attn_implementation,
         ).to(plain.device)
     again.eval()
     ours, theirs = plain.state_dict(keep_vars=True), again.state_dict(keep_vars=True)
@@ -785,7 +798,12 @@ def _verify(model: nn.Module, plain: nn.Module, folder: Path) -> None:
         raise ModelError("the config does not read back as it was saved", where=str(folder), code="E404")
     expected, got = _probe(plain), _probe(again)
     if not torch.equal(expected, got):
-        raise ModelError("the saved model gives other logits", where=str(folder), code="E404")
+        raise ModelError(
+            "the saved model gives other logits",
+            where=str(folder),
+            code="E404",
+            next="see whether something outside the weights was changed, such as rotary frequencies rounded by .to(dtype)",
+        )
     if plain is not model and plain.dtype in (torch.float32, torch.float64):
         gap = float((_probe(model) - got).abs().max())
         if gap > 1e-3 * max(1.0, float(got.abs().max())):
