@@ -280,7 +280,10 @@ def ln_dpo(logps: PairLogps, *, beta: float = 5.0) -> Tensor:
 
 
 @pairwise_loss(
-    "r_dpo", reference=True, paper="arXiv:2403.19159, section 3 (length-regularised objective)", ranges={"beta": POSITIVE, "alpha": NOT_NEGATIVE}
+    "r_dpo",
+    reference=True,
+    paper="arXiv:2403.19159, section 3 (length-regularised objective)",
+    ranges={"beta": POSITIVE, "alpha": NOT_NEGATIVE},
 )
 def r_dpo(logps: PairLogps, *, beta: float = 0.1, alpha: float = 0.05) -> Tensor:
     """Length-regularised DPO loss of each pair: shape (P,), nats. A token costs alpha in reward; needs lengths.

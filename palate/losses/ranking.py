@@ -14,7 +14,7 @@ class RankedLogps:
     """What a ranked loss may read of L lists of K completions, best first; every column has shape (L, K).
 
     total: log-probs under the policy, summed over completion tokens, nats. reference: the same under the reference;
-    gradients never enter it. length: completion tokens; 0 marks an empty place, at the end of a list shorter than K.
+    gradients never enter it. length: completion tokens.
     """
 
     total: Tensor
@@ -34,15 +34,10 @@ class RankedLogps:
 def plackett_luce(logps: RankedLogps, *, beta: float = 0.1) -> Tensor:
     """Plackett-Luce loss of each list: shape (L,), nats. Minus the log-probability of the order; for K = 2 it is DPO.
 
-    beta: pull towards the reference, > 0. At the start it is log K!, K counting the places that are filled.
+    beta: pull towards the reference, > 0. At the start it is log K!.
     Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 20.
     """
     reward = beta * logps.log_ratio
-    places = reward.shape[1]
-    filled = torch.ones_like(reward, dtype=torch.bool) if logps.length is None else logps.length > 0
-    # place k competes with every filled place from k on; k itself stays, so that no row of the maximum is empty
-    itself = torch.eye(places, dtype=torch.bool, device=reward.device)
-    later = torch.ones_like(itself).triu(1)
-    rivals = itself | (later & filled[:, None, :])
+    rivals = torch.ones_like(reward[0].expand(reward.shape[1], -1), dtype=torch.bool).triu()  # place k and those after
     field = torch.where(rivals, reward[:, None, :], -torch.inf).logsumexp(dim=2)
-    return torch.where(filled, field - reward, 0).sum(dim=1)
+    return (field - reward).sum(dim=1)

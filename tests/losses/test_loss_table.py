@@ -124,7 +124,7 @@ def test_finite_at_log_ratios_of_ten_thousand(name, dtype):
 
 @pytest.mark.parametrize("name", [name for name in EVERY if info(name).reference])
 def test_value_at_the_start_is_the_closed_form(name):
-    """METHODS 8.1: where policy equals reference the loss is its table entry, margins are 0 and nobody is accurate."""
+    """Where policy equals reference the loss is its table entry, margins are 0 and nobody is accurate."""
     table = {
         "dpo": lambda o: math.log(2),
         "robust_dpo": lambda o: math.log(2),
@@ -180,7 +180,7 @@ def test_slopes_at_the_start_raise_chosen_and_lower_rejected(name):
 
 
 def test_swapped_labels():
-    """METHODS 8.2 and its kin: what changes when chosen and rejected trade places."""
+    """What changes when chosen and rejected trade places."""
     rng = random.Random(0)
     for _ in range(50):
         logps = draw("dpo", rng, rows=5).logps
