@@ -26,15 +26,13 @@ from palate.errors import Interrupted, MachineError, PalateError, UsageError
 class Verb:
     """One row of the table of verbs.
 
-    config: `module:Type` with the options; `run(config, *, say, panel, argv) -> dict` of that module does the work.
+    config: `module:Type` with the options; that module's `run(config, *, verb, say, panel, argv) -> dict` does the work.
     operands: options that may be given without their flag, in this order.
-    fixed: options that the verb itself decides.
     """
 
     help: str
     config: str
     operands: tuple[str, ...] = ()
-    fixed: tuple[tuple[str, str], ...] = ()
 
     @property
     def exists(self) -> bool:
@@ -46,12 +44,13 @@ class Verb:
         return getattr(module, type_name), module.run
 
 
-_PREFERENCE = "palate.recipes.preference:PreferenceConfig"
 VERBS = {
     "doctor": Verb("Check preference data, and say what to do.", "palate.recipes.doctor:DoctorConfig", ("data",)),
     "sft": Verb("Train on demonstrations: completions, conversations or text.", "palate.recipes.sft:SftConfig"),
-    "dpo": Verb("Train on preference pairs; --loss names one of the DPO family.", _PREFERENCE),
-    "kto": Verb("Train on single completions, liked or not.", _PREFERENCE, fixed=(("loss", "kto"),)),
+    "dpo": Verb(
+        "Train on preference pairs; --loss names one of the DPO family.", "palate.recipes.preference:PreferenceConfig"
+    ),
+    "kto": Verb("Train on single completions, liked or not.", "palate.recipes.preference:FeedbackConfig"),
     "score": Verb("Log-probs, implicit rewards and margins of pairs.", "palate.recipes.score:ScoreConfig"),
     "generate": Verb("Completions of the prompts of a file.", "palate.recipes.generate:GenerateConfig"),
     "runs": Verb("List runs; show RUN; diff A B.", "palate.recipes.runs:RunsConfig", ("action", "run", "other")),
@@ -165,8 +164,7 @@ def _command(argv: list[str], environ: Mapping[str, str]) -> tuple[dict, bool]:
 
     verb = there[name]
     config_type, run = verb.load()
-    fixed = dict(verb.fixed)
-    known = {path: leaf for path, leaf in leaves(config_type).items() if path not in fixed}
+    known = leaves(config_type)
     given = {}
     app.command(_taker(given, known, verb.operands, "json" not in known), name=name, help=verb.help)
     _parse(app, [name, *_open_flags(argv[1:], known)], known)
@@ -174,11 +172,11 @@ def _command(argv: list[str], environ: Mapping[str, str]) -> tuple[dict, bool]:
         return {}, False  # --help was answered
     flags = given["flags"]
     as_json = bool(flags.get("json") if "json" in known else flags.pop("json", False))
-    config, origins = fill(config_type, flags | fixed, given["config"], environ)
+    config, origins = fill(config_type, flags, given["config"], environ)
     if "json" in known:
         as_json = bool(config.json)
     try:
-        result = run(config, say=say, panel=_panel, argv=["palate", *argv])
+        result = run(config, verb=name, say=say, panel=_panel, argv=["palate", *argv])
     except PalateError as error:
         raise locate(error, origins) from error.__cause__
     result = dict(result or {})

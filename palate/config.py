@@ -224,6 +224,11 @@ class Leaf:
         return _wants(self.field.annotation)
 
     @property
+    def inf(self) -> bool:
+        """Whether infinity is a value here: only where the help text says so."""
+        return "inf" in (self.field.description or "").split()
+
+    @property
     def flag(self) -> str:
         return "--" + self.path.replace("_", "-")
 
@@ -404,7 +409,7 @@ def _from_yaml(nodes: dict[str, Node], known, name: str, environ, put, prefix: s
             put(path, {}, origin)
             _from_yaml(node.value, known, name, environ, put, path + ".")
         elif leaf is not None:
-            put(path, _value(node, leaf.field.annotation, path, origin, environ), origin)
+            put(path, _value(node, leaf.field.annotation, path, origin, environ, leaf.inf), origin)
         elif any(p.startswith(path + ".") for p in known):
             if node.value is None:
                 continue  # an empty group, as an editor leaves it
@@ -420,7 +425,7 @@ def _from_yaml(nodes: dict[str, Node], known, name: str, environ, put, prefix: s
             raise _unknown(path, known, f"{name}:{node.line}", dashes=False)
 
 
-def _value(node: Node, annotation, path: str, origin: Origin, environ):
+def _value(node: Node, annotation, path: str, origin: Origin, environ, inf: bool = False):
     wants = _wants(annotation)
     if isinstance(node.value, dict):
         if not wants & {dict, Any}:
@@ -440,7 +445,7 @@ def _value(node: Node, annotation, path: str, origin: Origin, environ):
             raise _no_value("null", origin)
     elif wants & {str, Path} and not wants & {bool if isinstance(value, bool) else float, int, Any}:
         value = node.text  # a name made of digits is still a name
-    return _fits(value, annotation, origin)
+    return _fits(value, annotation, origin, inf)
 
 
 def _put_text(path: str, text: str, known, origin: Origin, put):
@@ -453,10 +458,10 @@ def _put_text(path: str, text: str, known, origin: Origin, put):
                 raise UsageError(f'"{part}" is no NAME=VALUE', where=origin.where, code="E303", next=f"write {example}")
             put(f"{path}.{key.strip()}", _text(value.strip(), _item(leaf.field.annotation), origin), origin)
         return
-    put(path, _text(text, annotation, origin), origin)
+    put(path, _text(text, annotation, origin, leaf.inf), origin)
 
 
-def _text(text: str, annotation, origin: Origin):
+def _text(text: str, annotation, origin: Origin, inf: bool = False):
     """Text of a flag or a variable, read as the key wants it."""
     wants = _wants(annotation)
     if text in _NO_VALUE:
@@ -469,11 +474,11 @@ def _text(text: str, annotation, origin: Origin):
     if value is not None and (isinstance(value, bool) and wants & {bool, Any}):
         return value
     if isinstance(value, int | float) and not isinstance(value, bool) and wants & {int, float, Any}:
-        return _fits(value, annotation, origin)
+        return _fits(value, annotation, origin, inf)
     return _fits(text, annotation, origin)
 
 
-def _fits(value, annotation, origin: Origin):
+def _fits(value, annotation, origin: Origin, inf: bool = False):
     """The value, where its kind is one that the annotation lets in; pydantic alone would take "off" for False."""
     wants = _wants(annotation)
     if Any in wants or value in wants:
@@ -486,7 +491,7 @@ def _fits(value, annotation, origin: Origin):
         fine = bool(wants & {int, float}) or any(isinstance(w, int | float) for w in wants)
     else:
         fine = None in wants
-    if isinstance(value, float) and not math.isfinite(value) and fine:
+    if isinstance(value, float) and fine and (math.isnan(value) or (math.isinf(value) and not inf)):
         raise UsageError(f"{value} is not finite", where=origin.where, code="E307", next="give a finite number")
     if not fine:
         raise _wrong_type(_shown(value), annotation, origin)

@@ -15,7 +15,7 @@ class DoctorConfig(BaseModel):
     format: Annotated[str | None, Field(description="jsonl, json, csv or parquet, where the name does not tell")] = None
 
 
-def run(config: DoctorConfig, *, say=print, panel=None, argv=()) -> dict[str, Any]:
+def run(config: DoctorConfig, *, verb: str = "doctor", say=print, panel=None, argv=()) -> dict[str, Any]:
     """The findings as a dict for --json and a table for the screen; exit code 3 where one is an error."""
     from palate.data.doctor import doctor
 

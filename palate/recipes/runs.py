@@ -20,7 +20,7 @@ class RunsConfig(BaseModel):
     root: Annotated[str, Field(description="Folder of the runs")] = "runs"
 
 
-def run(config: RunsConfig, *, say=print, panel=None, argv=()) -> dict[str, Any]:
+def run(config: RunsConfig, *, verb: str = "runs", say=print, panel=None, argv=()) -> dict[str, Any]:
     """The runs as dicts for --json and lines for the screen. Raises NotThereError where a run is not."""
     if config.action == "list":
         root = Path(config.root)
