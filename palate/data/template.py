@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from palate.errors import DataError, ModelError, NotThereError
@@ -36,6 +37,7 @@ def render(messages: Sequence[Message], tokenizer, *, prompt: bool, where: str |
         )
     if not messages:
         raise DataError("the prompt has no message", where=where, code="E207", next="fix the row or skip it")
+    check_template(_chosen(tokenizer), tokenizer, where=where)
     chat = [{"role": message.role, "content": message.content} for message in messages]
     try:
         return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
@@ -79,28 +81,34 @@ def check_template(template: str, tokenizer, *, where: str | None = None) -> Non
 
     Raises ModelError E408 that names the line or the limit. That it refuses the conversation in words is no fault.
     """
-    job = {"template": template, "variables": _variables(tokenizer), "bytes": _BYTES, "seconds": _SECONDS}
+    fault = _fault(template, tuple(sorted(_variables(tokenizer).items())))
+    if fault is not None:
+        raise _broken(fault, where)
+
+
+@lru_cache(maxsize=256)
+def _fault(template: str, variables: tuple[tuple[str, str], ...]) -> str | None:
+    """What is wrong with a template, tried in a child; None if nothing is."""
+    job = {"template": template, "variables": dict(variables), "bytes": _BYTES, "seconds": _SECONDS}
     try:
         child = subprocess.run(
             [sys.executable, "-I", "-c", _CHILD],
             input=json.dumps(job).encode(),
             capture_output=True,
             check=False,
-            timeout=10 * _SECONDS,
-            env={},
+            timeout=30 * _SECONDS,
         )
     except subprocess.TimeoutExpired:
-        raise _broken(f"the template was not done after {10 * _SECONDS} seconds", where) from None
+        return f"the template was not done after {30 * _SECONDS} seconds"
     if child.returncode < 0:
-        raise _broken(f"the template was not done after {_SECONDS} seconds of computing", where)
+        return f"the template was not done after {_SECONDS} seconds of computing"
     try:
         kind, words = json.loads(child.stdout)
     except ValueError:
-        kind, words = "limit", "the trial ended without an answer"
-    if kind == "syntax":
-        raise _broken(words, where)
+        return "the template's trial ended without an answer"
     if kind == "limit":
-        raise _broken(f"the template does what a template may not: {words}", where)
+        return f"the template does what a template may not: {words}"
+    return words if kind == "syntax" else None
 
 
 def turn_tail(tokenizer) -> str | None:
@@ -118,6 +126,12 @@ def turn_tail(tokenizer) -> str | None:
         if found:
             return tail
     return None
+
+
+def _chosen(tokenizer) -> str:
+    """The template that conversations get, where the tokenizer has several by name."""
+    known = tokenizer.chat_template
+    return known if isinstance(known, str) else tokenizer.get_chat_template()
 
 
 def _variables(tokenizer) -> dict[str, str]:

@@ -10,6 +10,7 @@ import re
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -179,12 +180,8 @@ class Encoder:
         own = {text for text, special in self.control.items() if not special and _is_tag(text, self.control)}
         self._anyone = _any_of(self.control)
         self._assistant = _any_of(set(self.control) - own)
-        self._control_ids = {tokenizer.convert_tokens_to_ids(text) for text in self.control}
         self._marked = None
         self.prefix = _prefix(tokenizer)
-        self.tail = template.turn_tail(tokenizer) if tokenizer.chat_template else None
-        match = self._anyone.search(self.tail) if self.tail and self._anyone else None
-        self.turn_end = (match[0], tokenizer.convert_tokens_to_ids(match[0])) if match else (None, None)
         one = self.ids("1")
         self._dummy = self.decode(one + one) != self.decode(self.ids("11"))
         self._anchors = [(text, ids) for text in _ANCHORS if (ids := self.ids(text))]
@@ -192,6 +189,16 @@ class Encoder:
     @property
     def tokenizer(self):
         return self._tokenizer()
+
+    @cached_property
+    def tail(self) -> str | None:
+        """What the template writes after an assistant's content."""
+        return template.turn_tail(self.tokenizer) if self.tokenizer.chat_template else None
+
+    @cached_property
+    def turn_end(self) -> tuple[str, int] | tuple[None, None]:
+        match = self._anyone.search(self.tail) if self.tail and self._anyone else None
+        return (match[0], self.tokenizer.convert_tokens_to_ids(match[0])) if match else (None, None)
 
     # Text to ids
 
@@ -219,10 +226,13 @@ class Encoder:
 
     def _marked_ids(self, text: str) -> list[int]:
         if self._marked is None:
-            self._marked = _marked_encoder(self.tokenizer, self.control)
+            self._marked, unknown = _marked_encoder(self.tokenizer, self.control)
+            # Unknown characters become the unknown token too, so its presence says nothing.
+            self._telling = set(self.control) - {unknown, self.tokenizer.unk_token}
+            self._telling_ids = set(map(self.tokenizer.convert_tokens_to_ids, self._telling))
         ids = self._marked(text)
-        wanted = len(self.found(text))
-        if sum(token in self._control_ids for token in ids) > wanted:
+        wanted = sum(found in self._telling for found in self.found(text))
+        if sum(token in self._telling_ids for token in ids) > wanted:
             raise DataError(
                 "control text in the row cannot be kept as text with this tokenizer",
                 code="E220",
@@ -520,10 +530,13 @@ def _prefix(tokenizer) -> list[int]:
 
 
 def _marked_encoder(tokenizer, control):
-    """A function from marked text to ids in which marked control strings are text, all else as the tokenizer has it."""
+    """A function from marked text to ids where marked control strings are text and all else as the tokenizer has it.
+
+    With it the unknown token of the model, if it has one.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return lambda text: _piecewise(tokenizer, control, text)
+        return (lambda text: _piecewise(tokenizer, control, text)), tokenizer.unk_token
     from tokenizers import Tokenizer
 
     spec = json.loads(backend.to_str())
@@ -534,7 +547,10 @@ def _marked_encoder(tokenizer, control):
     for token in spec["added_tokens"]:
         if token["content"] in control:
             token["normalized"] = False
+    unknown = spec["model"].get("unk_token")
     if spec["model"]["type"] == "Unigram":
+        at = spec["model"].get("unk_id")
+        unknown = None if at is None else spec["model"]["vocab"][at][0]
         # Its pieces are looked for in the text itself, control strings among them.
         for piece in spec["model"]["vocab"]:
             if piece[0] in control:
@@ -546,7 +562,9 @@ def _marked_encoder(tokenizer, control):
         for token in spec["added_tokens"]
         if clone.token_to_id(token["content"]) != token["id"]
     }
-    return lambda text: [moved.get(token, token) for token in clone.encode(text, add_special_tokens=False).ids]
+    return (
+        lambda text: [moved.get(token, token) for token in clone.encode(text, add_special_tokens=False).ids]
+    ), unknown
 
 
 def _piecewise(tokenizer, control, text: str) -> list[int]:
