@@ -3,8 +3,9 @@
 A `Text` is a plain string or a conversation. Plain strings get no chat template, conversations do.
 """
 
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeAlias, TypeVar, overload
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,3 +85,58 @@ class Ranking:
 
 
 Record: TypeAlias = Prompt | Demonstration | PreferencePair | Feedback | Ranking
+
+T = TypeVar("T", bound=Record)
+
+
+@dataclass(frozen=True, slots=True)
+class Warned:
+    """Something odd that was kept: a code such as "W212", what it is, how often, and the first three cases.
+
+    rows: per case the places it concerns, two where a row is odd because of another.
+    """
+
+    code: str
+    what: str
+    count: int
+    rows: tuple[tuple[Source, ...], ...]
+
+    def __str__(self) -> str:
+        rows = ", ".join(" and ".join(map(str, case)) for case in self.rows)
+        rows += ", …" if self.count > len(self.rows) else ""
+        return f"{self.what}: {self.count} [{self.code}] ({rows})"
+
+
+@dataclass(frozen=True)
+class Records(Sequence[T], Generic[T]):
+    """What was read, in file order, and the story of the reading.
+
+    sources: per file {path, sha256, rows}, and "slice" where one was asked for.
+    dropped: reason -> rows left out on purpose, such as {"tie": 3}.
+    rejected: rows refused under bad_rows="skip": (source, the row as it stood, code, message); bytes that are no UTF-8
+        are lone surrogates in the text, `encode("utf-8", "surrogateescape")` gives the very bytes.
+    notes: what a reader of the data should hear, such as which columns were taken for what.
+    """
+
+    records: tuple[T, ...] = ()
+    sources: list[dict] = field(default_factory=list)
+    dropped: dict[str, int] = field(default_factory=dict)
+    rejected: list[tuple[Source, str, str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    warnings: list[Warned] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+
+    def __getitem__(self, index):
+        return list(self.records[index]) if isinstance(index, slice) else self.records[index]
+
+    def rejects(self) -> bytes:
+        """The refused rows as they stood, one a line: what `rejects.jsonl` holds."""
+        return b"".join(raw.encode("utf-8", "surrogateescape") + b"\n" for _, raw, _, _ in self.rejected)

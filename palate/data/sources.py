@@ -1,0 +1,421 @@
+"""Files, tables, the Hub and lists in memory -> records. The whole source is read before anything is refused.
+
+`bad_rows="stop"` names the first 20 bad rows and their number in one DataError; `"skip"` leaves them out, keeps them as
+they stood, and stops when they are more than 5 %.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError, NotThereError, UsageError
+from . import columns as dialects
+from .columns import Dialect, Dropped, View
+from .records import Demonstration, Feedback, PreferencePair, Prompt, Ranking, Record, Records, Source, Text, Warned
+from .rows import FORMATS, RowError, Rows, as_json, shown
+
+SHOWN_ROWS = 20
+MOST_BAD = 0.05
+_PROBE = 100
+_SLICE = re.compile(r"(.+)\[([^\[\]]*)\]", re.DOTALL)
+_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?::[\w.-]+)?")
+_WARNINGS = {
+    "W210": "chosen and rejected differ only in white space",
+    "W211": "the same pair stands elsewhere with chosen and rejected exchanged",
+    "W212": "the same row stands there twice",
+    "W227": "chosen is scored below rejected",
+}
+_SCORES = [("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating")]
+
+
+def read_pairs(data, *, columns=None, format=None, bad_rows="stop", rejects=None) -> Records[PreferencePair | Ranking]:
+    """The preference pairs and rankings of `data`, in file order; ties are dropped and counted.
+
+    data: a path (.jsonl .json .csv .parquet, a slice as in "pairs.jsonl[:500]"), several paths, a Hub id "owner/name"
+        (split train, another as "owner/name:test"), or objects in memory.
+    columns: our name -> the data's, as {"chosen": "good"}; "" hides a column.
+    format: jsonl, json, csv or parquet where the file's name does not say.
+    bad_rows: "stop" or "skip". rejects: a file that skipped rows are written to, byte for byte.
+    Raises DataError with file, line, field, code and what to do; NotThereError for what does not exist.
+    """
+    tables = dialects.PAIRS[:-1] + dialects.RANKINGS + dialects.PAIRS[-1:]
+    return _Reading(data, tables, "preference pairs", columns, format, bad_rows, rejects).records()
+
+
+def read_demonstrations(
+    data, *, columns=None, format=None, bad_rows="stop", rejects=None, turns="all"
+) -> Records[Demonstration]:
+    """The demonstrations of `data`, as `read_pairs`; preference pairs give their chosen side, running text no prompt.
+
+    turns: "all" trains every assistant turn of a conversation, "last" the last alone.
+    """
+    if turns not in ("all", "last"):
+        raise UsageError(f'turns "{shown(turns)}" is unknown', where="--turns", next="use all or last")
+    tables = [*dialects.DEMONSTRATIONS, *dialects.PAIRS, *dialects.TEXTS]
+    tables.sort(key=lambda d: d.kind == "pair" and d.needs == ("chosen", "rejected"))
+    reading = _Reading(data, tables, "demonstrations", columns, format, bad_rows, rejects)
+    reading.finish = lambda record: [_demonstrated(record, turns == "last")]
+    return reading.records()
+
+
+def read_feedback(data, *, columns=None, format=None, bad_rows="stop", rejects=None) -> Records[Feedback]:
+    """The single feedback of `data`, as `read_pairs`; preference pairs give a wanted and an unwanted row each.
+
+    `mismatched` is the completion of the next row in file order, the first after the last, under another prompt.
+    Raises DataError where one class is absent (E226) or all rows share one prompt (E233).
+    """
+    tables = [*dialects.FEEDBACK, *dialects.PAIRS]
+    reading = _Reading(data, tables, "feedback", columns, format, bad_rows, rejects)
+    reading.finish = _as_feedback
+    records = reading.records()
+    where = ", ".join(source["path"] for source in records.sources)
+    wanted = sum(row.label for row in records)
+    if wanted in (0, len(records)):
+        only, other = ("true", "false") if wanted else ("false", "true")
+        what = f"all {len(records)} labels are {only}, none is {other}"
+        raise DataError(what, where=where, code="E226", next="add rows of the other class")
+    return replace(records, records=tuple(_with_mismatched(records.records, where)))
+
+
+def read_prompts(data, *, columns=None, format=None, bad_rows="stop", rejects=None) -> Records[Prompt]:
+    """The prompts of `data`, one a row, as `read_pairs`: of any kind of row that has a prompt."""
+    tables = [*dialects.PROMPTS, *dialects.PAIRS, *dialects.TEXT_PROMPTS]
+    reading = _Reading(data, tables, "prompts", columns, format, bad_rows, rejects)
+    reading.finish = lambda record: [Prompt(record.prompt, record.source)]
+    return reading.records()
+
+
+def read_any(data, *, columns=None, format=None, bad_rows="stop") -> Records:
+    """The records of `data` whatever they are: pairs, rankings, feedback, demonstrations or prompts."""
+    tables = dialects.PAIRS[:-1] + dialects.RANKINGS + dialects.FEEDBACK + dialects.DEMONSTRATIONS
+    tables = tables + dialects.PAIRS[-1:] + dialects.TEXTS + dialects.PROMPTS
+    return _Reading(data, tables, "preference data", columns, format, bad_rows, None).records()
+
+
+def _demonstrated(record: Record, last: bool) -> Demonstration:
+    completion = record.chosen if isinstance(record, PreferencePair) else record.completion
+    if last and not isinstance(completion, str) and len(completion) > 1:
+        return Demonstration(record.prompt + completion[:-1], completion[-1:], record.source)
+    return Demonstration(record.prompt, completion, record.source)
+
+
+def _as_feedback(record: Record) -> list[Feedback]:
+    if isinstance(record, Feedback):
+        return [record]
+    sides = ((record.chosen, True), (record.rejected, False))
+    return [Feedback(record.prompt, completion, label, source=record.source) for completion, label in sides]
+
+
+def _with_mismatched(rows: tuple[Feedback, ...], where: str) -> Iterator[Feedback]:
+    size = len(rows)
+    later = [0] * (2 * size)  # over two rounds of the file: the next row whose prompt is another
+    later[-1] = -1
+    for index in range(2 * size - 2, -1, -1):
+        same = rows[index % size].prompt == rows[(index + 1) % size].prompt
+        later[index] = later[index + 1] if same else (index + 1) % size
+    if -1 in later[:size]:
+        what = f"all {size} rows have one prompt; KTO compares completions with those of other prompts"
+        raise DataError(what, where=where, code="E233", next="add rows under another prompt, or use pairs and dpo")
+    for index, row in enumerate(rows):
+        yield replace(row, mismatched=rows[later[index]].completion)
+
+
+# where rows come from
+
+
+@dataclass(slots=True)
+class _Table:
+    """Rows without a file: a list in memory or a Hub split; hashed as the JSON of its rows."""
+
+    path: str
+    rows: Iterable[Any]
+    first: int = 0
+    stop: int | None = None
+    notes: list[str] = field(default_factory=list)
+    count: int = 0
+    format: str = "memory"
+    _hash: Any = field(default_factory=hashlib.sha256)
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+    def __iter__(self) -> Iterator[tuple[int, bytes, Any, RowError | None]]:
+        from .rows import Row
+
+        seen = 0
+        for value in self.rows:
+            seen += 1
+            self._hash.update(as_json(value) + b"\n")
+            if seen > self.first and (self.stop is None or seen <= self.stop):
+                self.count += 1
+                yield Row(seen, b"", dict(value) if isinstance(value, Mapping) else value)
+        if not self.count:
+            raise DataError("no rows", where=self.path, code="E104", next="give some")
+
+
+def _open(data: Any, format: str | None) -> list[Rows | _Table]:
+    """The sources that `data` names, in order, none of them twice."""
+    if not isinstance(data, (str, Path)):
+        if isinstance(data, Mapping) or not isinstance(data, Iterable) or isinstance(data, (bytes, bytearray)):
+            what = f"data is {dialects.kind(data)}"
+            raise UsageError(what, next="give a path, a Hub id, or a list of objects in memory")
+        data = data if hasattr(data, "__len__") else list(data)
+        if not len(data) or not all(isinstance(item, (str, Path)) for item in data):
+            return [_Table("memory", data)]
+        paths = [str(item) for item in data]
+    else:
+        paths = [str(data)]
+    opened = [_open_one(path, format) for path in paths]
+    for index, source in enumerate(opened):
+        for other in opened[:index]:
+            same = other.path == source.path or (
+                isinstance(source, Rows) and isinstance(other, Rows) and os.path.samefile(source.path, other.path)
+            )
+            if same and (other.first, other.stop) == (source.first, source.stop):
+                what = f"the same file twice (first as {shown(other.path, 200)})"
+                raise DataError(what, where=shown(source.path, 400), code="E120", next="drop one")
+    return opened
+
+
+def _open_one(name: str, format: str | None) -> Rows | _Table:
+    first, stop = 0, None
+    found = None if "\0" in name or _exists(name) else _SLICE.fullmatch(name)
+    if found:
+        name, inside = found.groups()
+        bounds = re.fullmatch(r"\s*(\d{0,15})\s*:\s*(\d{0,15})\s*", inside)
+        if not bounds:
+            what = f'the slice "[{shown(inside, 40)}]" is not understood'
+            raise UsageError(what, where=shown(name, 400), next="write [:500], [100:] or [100:200]")
+        first, stop = int(bounds[1] or 0), int(bounds[2]) if bounds[2] else None
+    if name.startswith("builtin:"):
+        what = "builtin data sets are not part of this version"
+        raise NotThereError(what, where=shown(name, 400), code="E101", next="give a file or a Hub id")
+    ending = os.path.splitext(name)[1].lower()
+    owner = name.partition("/")[0]
+    if _HUB.fullmatch(name) and ending not in FORMATS and not _exists(name) and not os.path.isdir(owner):
+        return _hub(name, first, stop)
+    return Rows(name, format=format, first=first, stop=stop)
+
+
+def _exists(name: str) -> bool:
+    try:
+        return os.path.lexists(name)
+    except (OSError, ValueError):
+        return False
+
+
+def _hub(name: str, first: int, stop: int | None) -> _Table:
+    from datasets import load_dataset
+
+    repository, _, split = name.partition(":")
+    try:
+        found = load_dataset(repository)
+    except Exception as error:  # whatever the client raises offline, for a missing or a private repository
+        what = f"no such file, and the Hub did not give it: {shown(f'{type(error).__name__}: {error}', 200)}"
+        hint = "check the name and the network, or give a local file"
+        raise NotThereError(what, where=shown(name), code="E101", next=hint) from error
+    split = split or "train"
+    if split not in found:
+        what = f'no split "{shown(split)}"; there are {", ".join(map(shown, found))}'
+        raise NotThereError(
+            what, where=shown(name), code="E101", next=f"name one: {repository}:{next(iter(found), 'SPLIT')}"
+        )
+    return _Table(name, found[split], first, stop, format="hub")
+
+
+# reading
+
+
+class _Reading:
+    """One reading: dialect, conversion, bad rows, warnings."""
+
+    def __init__(self, data, tables: list[Dialect], wanted: str, columns, format, bad_rows: str, rejects):
+        if bad_rows not in ("stop", "skip", "keep"):
+            raise UsageError(f'bad_rows "{shown(bad_rows)}" is unknown', where="--bad-rows", next="use stop or skip")
+        self.names = dialects.check_columns(columns)
+        self.opened = _open(data, format)
+        self.tables, self.wanted, self.bad_rows, self.rejects = tables, wanted, bad_rows, rejects
+        self.finish: Callable[[Record], list] = lambda record: [record]
+        self.found: list = []
+        self.bad: list[tuple[Source, str, str, str]] = []
+        self.bad_count = self.seen = 0
+        self.dropped: dict[str, int] = {}
+        self.notes: list[str] = []
+        self.odd: dict[str, list] = {}
+        self.dialects: dict[Dialect, list[str]] = {}
+        self.rows_by_hash: dict[int, Source] = {}
+        self.ids: dict[Any, Source] = {}
+        self.form: tuple[bool, Source] | None = None
+
+    def records(self) -> Records:
+        sources = []
+        for opened in self.opened:
+            self._read(opened)
+            source = {"path": opened.path, "sha256": opened.sha256, "rows": opened.count}
+            if opened.first or opened.stop is not None:
+                source["slice"] = f"[{opened.first or ''}:{'' if opened.stop is None else opened.stop}]"
+            sources.append(source)
+            self.notes += [f"{shown(opened.path, 200)}: {note}" for note in opened.notes]
+        self._settle()
+        warnings = [Warned(code, _WARNINGS[code], n, tuple(rows)) for code, (n, rows) in sorted(self.odd.items())]
+        said = [self._said(dialect, used) for dialect, used in self.dialects.items()]
+        if self.dropped:
+            counts = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
+            said.append(f"left out: {counts}")
+        return Records(tuple(self.found), sources, self.dropped, self.bad, said + self.notes, warnings)
+
+    def _said(self, dialect: Dialect, used: list[str]) -> str:
+        text = f"columns {', '.join(shown(c, 40) for c in used)}: {dialect.name}"
+        if self.wanted == "demonstrations" and dialect.kind == "pair":
+            text += ", of which the chosen side is taken"
+        if self.wanted == "feedback" and dialect.kind == "pair":
+            text += ", chosen taken as wanted and rejected as unwanted"
+        if self.wanted == "prompts" and dialect.kind != "prompt":
+            text += ", of which the prompt is taken"
+        if self.form is not None:
+            text += "; plain text, no template" if self.form[0] else "; conversations"
+        return text
+
+    def _read(self, opened: Rows | _Table) -> None:
+        waiting: list | None = []
+        dialect = None
+        for row in opened:
+            if waiting is None:
+                self._take(opened, row, dialect)
+                continue
+            waiting.append(row)
+            if len(waiting) == _PROBE:
+                dialect, waiting = self._recognise(opened, waiting), None
+        if waiting:
+            self._recognise(opened, waiting)
+
+    def _recognise(self, opened: Rows | _Table, waiting: list) -> Dialect | None:
+        objects = [
+            (Source(opened.path, row.line), row.value)
+            for row in waiting
+            if row.problem is None and isinstance(row.value, dict) and len(row.value) <= dialects.MAX_TURNS
+        ]
+        dialect = None
+        if objects:
+            dialect = dialects.recognise(objects, self.tables, self.names, self.wanted)
+            view = next((v for v in (View(r, self.names) for _, r in objects) if dialect.matches(v)), None)
+            self.dialects.setdefault(dialect, dialect.columns(view) if view else [])
+        for row in waiting:
+            self._take(opened, row, dialect)
+        return dialect
+
+    def _take(self, opened: Rows | _Table, row, dialect: Dialect | None) -> None:
+        place = Source(opened.path, row.line)
+        self.seen += 1
+        try:
+            if row.problem:
+                raise row.problem
+            if not isinstance(row.value, dict):
+                raise RowError("E201", f"{dialects.kind(row.value)} where a row belongs", "make each row an object")
+            if len(row.value) > dialects.MAX_TURNS:
+                raise RowError("E229", f"{len(row.value)} keys, the cap is {dialects.MAX_TURNS}", "split the row")
+            if dialect is None:  # no object among the first rows
+                dialect = dialects.recognise([(place, row.value)], self.tables, self.names, self.wanted)
+                self.dialects.setdefault(dialect, dialect.columns(View(row.value, self.names)))
+            view = View(row.value, self.names, untyped=opened.format == "csv")
+            record = replace(self._converted(view, dialect, place), source=place)
+            made = self.finish(record)
+        except Dropped as reason:
+            self.dropped[reason.reason] = self.dropped.get(reason.reason, 0) + 1
+        except RowError as problem:
+            self._refuse(place, row, problem)
+        except RecursionError:
+            self._refuse(place, row, RowError("E115", "nested too deep", "flatten the row"))
+        else:
+            self._warn(view, record, place)
+            if not self.bad_count or self.bad_rows != "stop":
+                self.found += made
+
+    def _converted(self, view: View, dialect: Dialect, place: Source) -> Record:
+        record = dialect.read(view)
+        identity = view.row.get("id")
+        if isinstance(identity, (str, int)) and not isinstance(identity, bool) and identity != "":
+            if identity in self.ids:
+                what = f'id "{shown(identity, 40)}" stands at {self.ids[identity]} too'
+                raise RowError("E228", what, "give it a new id", "id")
+        plain = isinstance(record.prompt, str)
+        if self.form is None:
+            self.form = plain, place
+        elif self.form[0] != plain:
+            now, then = ("plain text", "a conversation") if plain else ("a conversation", "plain text")
+            raise RowError("E230", f"{now}, while {self.form[1]} is {then}", "keep one form in all rows")
+        if isinstance(identity, (str, int)) and not isinstance(identity, bool) and identity != "":
+            self.ids[identity] = place
+        return record
+
+    def _refuse(self, place: Source, row, problem: RowError) -> None:
+        self.bad_count += 1
+        if self.bad_rows == "stop" and len(self.bad) >= SHOWN_ROWS:
+            return
+        raw = "" if self.bad_rows == "stop" else (row.raw or as_json(row.value)).decode("utf-8", "surrogateescape")
+        self.bad.append((place, raw, problem.code, str(problem.at(place))))
+
+    def _warn(self, view: View, record: Record, place: Source) -> None:
+        for code in view.warnings:
+            self._count(code, place)
+        if isinstance(record, Prompt):
+            return
+        key = hash((type(record).__name__, replace(record, source=None)))
+        if key in self.rows_by_hash:
+            self._count("W212", self.rows_by_hash[key], place)
+        self.rows_by_hash.setdefault(key, place)
+        if not isinstance(record, PreferencePair):
+            return
+        swapped = hash(("PreferencePair", PreferencePair(record.prompt, record.rejected, record.chosen)))
+        if swapped in self.rows_by_hash:
+            self._count("W211", self.rows_by_hash[swapped], place)
+        for better, worse in _SCORES:
+            scores = view.row.get(better), view.row.get(worse)
+            if all(isinstance(s, (int, float)) for s in scores) and scores[0] < scores[1]:
+                self._count("W227", place)
+
+    def _count(self, code: str, *places: Source) -> None:
+        entry = self.odd.setdefault(code, [0, []])
+        entry[0] += 1
+        if len(entry[1]) < 3:
+            entry[1].append(places)
+
+    def _settle(self) -> None:
+        """Refuses the whole where rows are bad, or too many of them."""
+        if self.bad_rows == "keep" or not self.bad_count:
+            if not self.found and not self.bad_count:
+                counts = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+                where = shown(self.opened[0].path, 400)
+                raise DataError(
+                    f"no row is left ({counts})", where=where, code="E104", next="give rows that say something"
+                )
+            return
+        codes = {code for _, _, code, _ in self.bad}
+        shown_rows = [message for _, _, _, message in self.bad[:SHOWN_ROWS]]
+        if self.bad_count > len(shown_rows):
+            shown_rows.append(f"… and {self.bad_count - len(shown_rows)} more")
+        total = f"{self.bad_count} of {self.seen} rows cannot be used"
+        if self.bad_rows == "stop":
+            code = codes.pop() if len(codes) == 1 else None
+            hint = "fix them, or --bad-rows skip copies them to rejects.jsonl and goes on"
+            raise DataError("\n".join([*shown_rows, total]), code=code, next=hint)
+        if self.rejects is not None:
+            self._write_rejects()
+        # a handful of bad rows in a small file is no sign of a broken one
+        if self.bad_count > MOST_BAD * max(self.seen, 100) or not self.found:
+            share = f"{total}: {100 * self.bad_count / self.seen:.1f} %, more than {100 * MOST_BAD:.0f} %"
+            share = share if self.found else f"{total}: none is left"
+            raise DataError(
+                "\n".join([*shown_rows, share]), code="E234", next="fix the file; it may not be what it seems"
+            )
+        self.notes.append(f"{total} and were left out: {', '.join(sorted(codes))}")
+
+    def _write_rejects(self) -> None:
+        from .. import files
+
+        files.write_bytes_atomic(Path(self.rejects), Records((), rejected=self.bad).rejects())
