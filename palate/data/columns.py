@@ -13,9 +13,9 @@ from difflib import get_close_matches
 from itertools import combinations
 from typing import Any
 
-from ..errors import DataError, UsageError
-from .records import Demonstration, Feedback, Message, PreferencePair, Prompt, Ranking, Record, Source, Text
-from .rows import FIX, RowError, shown
+from palate.data.records import Demonstration, Feedback, Message, PreferencePair, Prompt, Ranking, Record, Source, Text
+from palate.data.rows import FIX, RowError, shown
+from palate.errors import DataError, UsageError
 
 MAX_TURNS = 1000
 ROLES = ("system", "user", "assistant", "tool")
@@ -247,7 +247,11 @@ def under_prompt(prompt: Text, sides: dict[str, Text], prompt_name: str) -> tupl
             values = [value[size:] for value in values]
         for (name, _), value in zip(sides.items(), values, strict=True):
             if not value or value[0].role not in ("assistant", "tool"):
-                turn = 0 if not value else next((i for i, (a, b) in enumerate(zip(prompt, value)) if a != b), size)
+                turn = (
+                    0
+                    if not value
+                    else next((i for i, (a, b) in enumerate(zip(prompt, value, strict=False)) if a != b), size)
+                )
                 what = "does not continue the prompt: " + (
                     f"they part at turn {turn + 1}" if value else "no reply follows"
                 )
@@ -275,7 +279,7 @@ def split_messages(sides: dict[str, Text]) -> tuple[Text, list[Text]]:
         checked_completion(value, name)
     values = list(sides.values())
     shared = 0
-    for turns in zip(*values):
+    for turns in zip(*values, strict=False):
         if any(turn != turns[0] for turn in turns):
             break
         shared += 1
@@ -708,43 +712,118 @@ _Q = ("instruction", "question", "query")
 _JUDGED = ("winner", "labels")
 
 PAIRS = [
-    Dialect("pairs with a system message", "pair", ("prompt", "chosen", "rejected"), _explicit_system, "system", ("system",)),
+    Dialect(
+        "pairs with a system message", "pair", ("prompt", "chosen", "rejected"), _explicit_system, "system", ("system",)
+    ),
     Dialect("pairs", "pair", ("prompt", "chosen", "rejected"), _explicit, optional=("system",)),
-    Dialect("arena conversations with a winner", "pair", ("conversation_a", "conversation_b", "winner"), _arena_conversations),
-    Dialect("two replies with a verdict", "pair", (("prompt", *_Q), "response_a", "response_b", _JUDGED), _arena, optional=_ASIDE),
-    Dialect("messages with two replies (axolotl)", "pair", ("messages", "chosen", "rejected"), _messages_pair("messages")),
-    Dialect("ShareGPT with two replies", "pair", ("conversations", "chosen", "rejected"), _messages_pair("conversations"), optional=("system",)),
+    Dialect(
+        "arena conversations with a winner",
+        "pair",
+        ("conversation_a", "conversation_b", "winner"),
+        _arena_conversations,
+    ),
+    Dialect(
+        "two replies with a verdict",
+        "pair",
+        (("prompt", *_Q), "response_a", "response_b", _JUDGED),
+        _arena,
+        optional=_ASIDE,
+    ),
+    Dialect(
+        "messages with two replies (axolotl)", "pair", ("messages", "chosen", "rejected"), _messages_pair("messages")
+    ),
+    Dialect(
+        "ShareGPT with two replies",
+        "pair",
+        ("conversations", "chosen", "rejected"),
+        _messages_pair("conversations"),
+        optional=("system",),
+    ),
     Dialect("two conversations (ms-swift)", "pair", ("messages", "rejected_messages"), _two_messages),
     Dialect("messages with a rejected reply (ms-swift)", "pair", ("messages", "rejected_response"), _messages_rejected),
-    Dialect("query, response, rejected reply (ms-swift)", "pair", ("query", "response", "rejected_response"), _questions_pair("response", "rejected_response"), optional=_ASIDE),
-    Dialect("questions with two replies (axolotl)", "pair", (_QUESTIONS, "chosen_response", "rejected_response"), _questions_pair("chosen_response", "rejected_response"), optional=_ASIDE),
-    Dialect("questions with two replies (axolotl)", "pair", (_QUESTIONS, "chosen", "rejected"), _questions_pair("chosen", "rejected"), optional=_ASIDE),
+    Dialect(
+        "query, response, rejected reply (ms-swift)",
+        "pair",
+        ("query", "response", "rejected_response"),
+        _questions_pair("response", "rejected_response"),
+        optional=_ASIDE,
+    ),
+    Dialect(
+        "questions with two replies (axolotl)",
+        "pair",
+        (_QUESTIONS, "chosen_response", "rejected_response"),
+        _questions_pair("chosen_response", "rejected_response"),
+        optional=_ASIDE,
+    ),
+    Dialect(
+        "questions with two replies (axolotl)",
+        "pair",
+        (_QUESTIONS, "chosen", "rejected"),
+        _questions_pair("chosen", "rejected"),
+        optional=_ASIDE,
+    ),
     Dialect("pairs that hold the prompt", "pair", ("chosen", "rejected"), _implicit),
-]  # fmt: skip
+]
 RANKINGS = [
-    Dialect("replies with pairwise verdicts", "ranking", (("prompt", *_Q), "responses", "preferences"), _ranked(("responses",), _by_preferences), optional=("system",)),
-    Dialect("replies with scores", "ranking", (("prompt", *_Q), ("responses", "completions"), ("scores", "rewards")), _ranked(("responses", "completions"), _by_scores), optional=("system",)),
-    Dialect("replies, best first", "ranking", (("prompt", *_Q), "completions"), _ranked(("completions",), _best_first), optional=("system",)),
-]  # fmt: skip
+    Dialect(
+        "replies with pairwise verdicts",
+        "ranking",
+        (("prompt", *_Q), "responses", "preferences"),
+        _ranked(("responses",), _by_preferences),
+        optional=("system",),
+    ),
+    Dialect(
+        "replies with scores",
+        "ranking",
+        (("prompt", *_Q), ("responses", "completions"), ("scores", "rewards")),
+        _ranked(("responses", "completions"), _by_scores),
+        optional=("system",),
+    ),
+    Dialect(
+        "replies, best first",
+        "ranking",
+        (("prompt", *_Q), "completions"),
+        _ranked(("completions",), _best_first),
+        optional=("system",),
+    ),
+]
 FEEDBACK = [
-    Dialect("replies with a label", "feedback", ("prompt", _REPLY, _LABELS), _labelled(_plain_feedback), optional=("system",)),
+    Dialect(
+        "replies with a label",
+        "feedback",
+        ("prompt", _REPLY, _LABELS),
+        _labelled(_plain_feedback),
+        optional=("system",),
+    ),
     Dialect("conversations with a label", "feedback", ("messages", _LABELS), _labelled(_conversation_last("messages"))),
-    Dialect("ShareGPT with a label", "feedback", ("conversations", _LABELS), _labelled(_conversation_last("conversations"))),
-    Dialect("questions with a labelled reply", "feedback", (_Q, _OUTPUT, _LABELS), _labelled(_instruction), optional=_ASIDE),
-]  # fmt: skip
+    Dialect(
+        "ShareGPT with a label", "feedback", ("conversations", _LABELS), _labelled(_conversation_last("conversations"))
+    ),
+    Dialect(
+        "questions with a labelled reply", "feedback", (_Q, _OUTPUT, _LABELS), _labelled(_instruction), optional=_ASIDE
+    ),
+]
 DEMONSTRATIONS = [
     Dialect("prompts with a completion", "demonstration", ("prompt", _REPLY), _prompt_completion, optional=("system",)),
     Dialect("messages", "demonstration", ("messages",), _conversation("messages"), optional=("system",)),
     Dialect("ShareGPT", "demonstration", ("conversations",), _conversation("conversations"), optional=("system",)),
     Dialect("questions with a reply", "demonstration", (_QUESTIONS, _OUTPUT), _instruction, optional=_ASIDE),
-]  # fmt: skip
+]
 TEXTS = [Dialect("running text", "demonstration", ("text",), _text)]
 PROMPTS = [
     Dialect("prompts", "prompt", ("prompt",), _prompt_alone, optional=("system",)),
-    Dialect("conversations to go on with", "prompt", ("messages",), _open_conversation("messages"), optional=("system",)),
-    Dialect("ShareGPT to go on with", "prompt", ("conversations",), _open_conversation("conversations"), optional=("system",)),
+    Dialect(
+        "conversations to go on with", "prompt", ("messages",), _open_conversation("messages"), optional=("system",)
+    ),
+    Dialect(
+        "ShareGPT to go on with",
+        "prompt",
+        ("conversations",),
+        _open_conversation("conversations"),
+        optional=("system",),
+    ),
     Dialect("questions", "prompt", (_QUESTIONS,), _question_alone, optional=_ASIDE),
-]  # fmt: skip
+]
 TEXT_PROMPTS = [Dialect("running text as prompts", "prompt", ("text",), _text_prompt)]
 
 NAMES = sorted(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from ..errors import DataError, MachineError, NotThereError
+from palate.errors import DataError, MachineError, NotThereError
 
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 MAX_LINE_BYTES = 16 * 2**20
@@ -59,7 +59,7 @@ class RowError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row. line: physical, from 1 (row number in Parquet). raw: its bytes, empty in tables. Either a value or a problem."""
+    """A value or a problem. line: physical, from 1 (row number in tables). raw: the row's bytes, empty in tables."""
 
     line: int
     raw: bytes
@@ -95,7 +95,7 @@ def file_format(path: str, format: str | None = None) -> str:
 class Rows:
     """Iterates over the `Row`s of one regular file; afterwards `sha256`, `count` and `notes` are whole.
 
-    first, stop: half-open range of rows, counted from 0 without blank lines; the file is hashed to its end all the same.
+    first, stop: half-open range of rows from 0, blank lines not counted; the file is hashed to its end all the same.
     """
 
     def __init__(self, path: str, *, format: str | None = None, first: int = 0, stop: int | None = None):
@@ -137,7 +137,8 @@ class Rows:
         if not self._seen:
             raise self._refused("E104", "no rows", "check the step that exported the file")
         if not self.count:
-            what = f"no rows: the slice [{self.first}:{'' if self.stop is None else self.stop}] of {self._seen} rows is empty"
+            span = f"[{self.first}:{'' if self.stop is None else self.stop}]"
+            what = f"no rows: the slice {span} of {self._seen} rows is empty"
             raise self._refused("E104", what, f"choose rows between 0 and {self._seen}")
 
     # what is asked before a byte is read

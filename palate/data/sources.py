@@ -12,11 +12,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, NotThereError, UsageError
-from . import columns as dialects
-from .columns import Dialect, Dropped, View
-from .records import Demonstration, Feedback, PreferencePair, Prompt, Ranking, Record, Records, Source, Text, Warned
-from .rows import FORMATS, RowError, Rows, as_json, shown
+from palate.data import columns as dialects
+from palate.data.columns import Dialect, Dropped, View
+from palate.data.records import (
+    Demonstration,
+    Feedback,
+    PreferencePair,
+    Prompt,
+    Ranking,
+    Record,
+    Records,
+    Source,
+    Warned,
+)
+from palate.data.rows import FORMATS, RowError, Rows, as_json, shown
+from palate.errors import DataError, NotThereError, UsageError
 
 SHOWN_ROWS = 20
 MOST_BAD = 0.05
@@ -90,7 +100,10 @@ def read_prompts(data, *, columns=None, format=None, bad_rows="stop", rejects=No
 
 
 def read_any(data, *, columns=None, format=None, bad_rows="stop") -> Records:
-    """The records of `data` whatever they are: pairs, rankings, feedback, demonstrations or prompts."""
+    """The records of `data` whatever they are: pairs, rankings, feedback, demonstrations or prompts.
+
+    bad_rows: also "keep", which refuses nothing and lists every bad row in `rejected`, without its text.
+    """
     tables = dialects.PAIRS[:-1] + dialects.RANKINGS + dialects.FEEDBACK + dialects.DEMONSTRATIONS
     tables = tables + dialects.PAIRS[-1:] + dialects.TEXTS + dialects.PROMPTS
     return _Reading(data, tables, "preference data", columns, format, bad_rows, None).records()
@@ -144,8 +157,8 @@ class _Table:
     def sha256(self) -> str:
         return self._hash.hexdigest()
 
-    def __iter__(self) -> Iterator[tuple[int, bytes, Any, RowError | None]]:
-        from .rows import Row
+    def __iter__(self) -> Iterator[Row]:
+        from palate.data.rows import Row
 
         seen = 0
         for value in self.rows:
@@ -357,7 +370,7 @@ class _Reading:
         self.bad_count += 1
         if self.bad_rows == "stop" and len(self.bad) >= SHOWN_ROWS:
             return
-        raw = "" if self.bad_rows == "stop" else (row.raw or as_json(row.value)).decode("utf-8", "surrogateescape")
+        raw = "" if self.bad_rows != "skip" else (row.raw or as_json(row.value)).decode("utf-8", "surrogateescape")
         self.bad.append((place, raw, problem.code, str(problem.at(place))))
 
     def _warn(self, view: View, record: Record, place: Source) -> None:
@@ -416,6 +429,6 @@ class _Reading:
         self.notes.append(f"{total} and were left out: {', '.join(sorted(codes))}")
 
     def _write_rejects(self) -> None:
-        from .. import files
+        from palate import files
 
         files.write_bytes_atomic(Path(self.rejects), Records((), rejected=self.bad).rejects())
