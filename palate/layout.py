@@ -12,47 +12,48 @@ from functools import cached_property
 
 @dataclass(frozen=True)
 class Layout:
-    """Prompt length and branch lengths of every group in the stream, in tokens, in stream order."""
+    """Prompt length and branch lengths of every group in the stream, in tokens, in stream order.
+
+    tail: inert tokens at the end, which attend to nothing and are scored nowhere (see `scoring.Numerics.stream`).
+    """
 
     prompts: tuple[int, ...]
     branches: tuple[tuple[int, ...], ...]
+    tail: int = 0
 
     @cached_property
     def total(self) -> int:
-        """T: tokens in the stream."""
-        return sum(self.prompts) + sum(map(sum, self.branches))
+        """T: tokens in the stream, the tail included."""
+        return sum(self.sizes)
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """Lengths of the stretches the stream is split into: per group its trunk, then its further branches.
-
-        The trunk is the prompt with the first branch: together they are plain causal text.
-        """
-        return tuple(size for prompt, lengths in self._groups() for size in (prompt + sum(lengths[:1]), *lengths[1:]))
+        """Lengths of the stretches the stream is split into: each prompt, then its branches; last the tail."""
+        return (*(n for prompt, lengths in self._groups() for n in (prompt, *lengths)), self.tail)
 
     @cached_property
-    def trunks(self) -> dict[int, tuple[int, ...]]:
-        """Trunk length -> the stretches (indices into `sizes`) of that length; equal ones share one attention call."""
+    def stems(self) -> dict[int, tuple[int, ...]]:
+        """Prompt length -> the stretches (indices into `sizes`) of that length; equal ones share one attention call."""
         calls: dict[int, list[int]] = {}
-        for start, prompt, lengths in self._stretches():
-            calls.setdefault(prompt + sum(lengths[:1]), []).append(start)
+        for stretch, prompt, _ in self._stretches():
+            calls.setdefault(prompt, []).append(stretch)
         return {length: tuple(stretches) for length, stretches in calls.items() if length}
 
     @cached_property
     def forks(self) -> dict[tuple[int, int], tuple[tuple[int, int], ...]]:
-        """(prompt length, branch length) -> (trunk stretch, branch stretch) of every further branch of that shape."""
+        """(prompt length, branch length) -> (prompt stretch, branch stretch) of every branch of that shape."""
         calls: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        for start, prompt, lengths in self._stretches():
-            for offset, length in enumerate(lengths[1:], start=1):
+        for stretch, prompt, lengths in self._stretches():
+            for offset, length in enumerate(lengths, start=1):
                 if length:
-                    calls.setdefault((prompt, length), []).append((start, start + offset))
+                    calls.setdefault((prompt, length), []).append((stretch, stretch + offset))
         return {shape: tuple(pairs) for shape, pairs in calls.items()}
 
     def _groups(self) -> Iterator[tuple[int, tuple[int, ...]]]:
         return zip(self.prompts, self.branches, strict=True)
 
     def _stretches(self) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-        start = 0
+        stretch = 0
         for prompt, lengths in self._groups():
-            yield start, prompt, lengths
-            start += max(len(lengths), 1)
+            yield stretch, prompt, lengths
+            stretch += 1 + len(lengths)

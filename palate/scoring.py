@@ -1,10 +1,9 @@
-"""Model x batch -> log-probs: the one function that every method's numbers come from, and the reference column.
+"""Model x batch -> log-probs: the one function that every method's numbers come from.
 
 A model that passes the probe runs on the shared-prompt stream; one that does not (it ignores the attention interface,
 or mixes along the stream) is scored as padded rows through its stock forward, with the same numbers.
 """
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -14,12 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .data.batch import TokenBatch, collate, stream_length
-from .data.stream import pack
-from .data.tokens import TokenGroup
-from .errors import ModelError
-from .model.attention import NotShared, counted_calls, expected_calls, shared_attention
-from .model.logprob import logit_transform, scored_rows
+from palate.data.batch import TokenBatch, collate
+from palate.data.tokens import TokenGroup
+from palate.errors import ModelError
+from palate.model.attention import NotShared, counted_calls, expected_calls, shared_attention
+from palate.model.logprob import logit_transform, scored_rows
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -38,6 +36,35 @@ class Support:
 
 
 @dataclass(frozen=True)
+class Numerics:
+    """How numbers are made. Policy and reference share one, so that equal weights give equal bits.
+
+    precision: "bfloat16" runs the matmuls in bfloat16; weights, residual stream, norms and softmax stay float32.
+    stream: streams are filled with an inert tail to a multiple of this length, for models whose kernels round
+    differently at different lengths; None: no tail.
+    """
+
+    precision: Precision = "float32"
+    stream: int | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, precision: Precision = "float32", tokens: int = 2048) -> "Numerics":
+        """The numerics a run should use: a tail only where `model` is found to need one. tokens: of a micro-batch."""
+        shared = support(model).path == "shared"
+        return cls(precision, tokens if shared and not _invariant(model, precision) else None)
+
+    def tag(self, model: nn.Module) -> str:
+        """A name for everything besides weights and tokens that can move a rounding."""
+        import transformers
+
+        path = support(model).path
+        return (
+            f"{self.precision} {path} stream={self.stream} device={model.device.type} threads={torch.get_num_threads()} "
+            f"torch={torch.__version__} transformers={transformers.__version__}"
+        )
+
+
+@dataclass(frozen=True)
 class SequenceLogps:
     """total: (S,) summed log-probs of the scored tokens, nats, float64. length: (S,) scored tokens, int64."""
 
@@ -45,13 +72,14 @@ class SequenceLogps:
     length: Tensor
 
 
-def token_logps(model: nn.Module, batch: TokenBatch, *, precision: Precision = "float32") -> Tensor:
+def token_logps(model: nn.Module, batch: TokenBatch, *, numerics: Numerics = Numerics()) -> Tensor:
     """(N,) log-probs of the batch's targets, nats, float32 (float64 for a float64 model); differentiable.
 
-    precision: "bfloat16" runs the matmuls in bfloat16 and keeps weights, residual stream, norms and softmax in float32.
     The batch must lie on the model's device.
     """
-    return _RUN[support(model).path](model, batch, precision)
+    if not len(batch.targets):
+        return torch.zeros(0, device=batch.tokens.device)
+    return _RUN[support(model).path](model, batch, numerics)
 
 
 def sequence_logps(tokens: Tensor, batch: TokenBatch) -> SequenceLogps:
@@ -65,41 +93,42 @@ def sequence_logps(tokens: Tensor, batch: TokenBatch) -> SequenceLogps:
     return SequenceLogps(total, batch.length.to(device))
 
 
-def logps(model: nn.Module, batch: TokenBatch, *, precision: Precision = "float32") -> SequenceLogps:
+def logps(model: nn.Module, batch: TokenBatch, *, numerics: Numerics = Numerics()) -> SequenceLogps:
     """Summed log-prob of every completion of the batch: `token_logps`, then `sequence_logps`."""
-    return sequence_logps(token_logps(model, batch, precision=precision), batch)
+    return sequence_logps(token_logps(model, batch, numerics=numerics), batch)
 
 
 # --- the three ways through a model -------------------------------------------------------------------------------
 
 
-def _autocast(model: nn.Module, precision: Precision):
-    if precision != "bfloat16":
+def _autocast(model: nn.Module, numerics: Numerics):
+    if numerics.precision != "bfloat16":
         return nullcontext()
     return torch.autocast(model.device.type, torch.bfloat16)
 
 
-def _shared(model: nn.Module, batch: TokenBatch, precision: Precision) -> Tensor:
-    with _autocast(model, precision), shared_attention(model), _head(model, batch.predictors, batch.targets) as found:
+def _shared(model: nn.Module, batch: TokenBatch, numerics: Numerics) -> Tensor:
+    tail = -len(batch.tokens) % numerics.stream if numerics.stream else 0
+    with _autocast(model, numerics), shared_attention(model), _head(model, batch.predictors, batch.targets) as found:
         model(
-            input_ids=batch.tokens[None],
-            position_ids=batch.positions[None],
+            input_ids=nn.functional.pad(batch.tokens, (0, tail))[None],
+            position_ids=nn.functional.pad(batch.positions, (0, tail))[None],
             use_cache=False,
-            palate_layout=batch.layout,
+            palate_layout=replace(batch.layout, tail=tail),
         )
     return _only(found)
 
 
-def _padded(model: nn.Module, batch: TokenBatch, precision: Precision) -> Tensor:
+def _padded(model: nn.Module, batch: TokenBatch, numerics: Numerics) -> Tensor:
     ids, mask, rows = _rows(batch)
-    with _autocast(model, precision), _head(model, rows, batch.targets) as found:
+    with _autocast(model, numerics), _head(model, rows, batch.targets) as found:
         model(input_ids=ids, attention_mask=mask, use_cache=False)
     return _only(found)
 
 
-def _plain(model: nn.Module, batch: TokenBatch, precision: Precision) -> Tensor:
+def _plain(model: nn.Module, batch: TokenBatch, numerics: Numerics) -> Tensor:
     ids, mask, rows = _rows(batch)
-    with _autocast(model, precision):
+    with _autocast(model, numerics):
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     logits = logits.reshape(-1, logits.shape[-1]).index_select(0, rows)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
@@ -184,16 +213,32 @@ def _probe(model: nn.Module) -> Support:
     raise ModelError(f"{type(model).__name__} cannot be scored ({'; '.join(reasons)})", code="E407")
 
 
+@torch.no_grad()
+def _invariant(model: nn.Module, precision: Precision) -> bool:
+    """Whether a group's log-probs have the same bits alone, and in streams some hundred tokens longer."""
+    (group, *_), _ = _probe_groups(model)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    long = [replace(group, prompt=np.arange(n, dtype=np.int32) % vocabulary) for n in (64, 200, 331)]
+    numerics = Numerics(precision)
+    alone = [logps(model, collate([one]).to(model.device), numerics=numerics).total for one in (group, *long)]
+    for many in ([group, *long], [*long[::-1], group], [long[1], group], [long[0], group, long[0], long[1]]):
+        together = logps(model, collate(many).to(model.device), numerics=numerics).total
+        expected = torch.cat([alone[(group, *long).index(one)] for one in many])
+        if not torch.equal(together, expected):
+            return False
+    return True
+
+
 def _probe_path(model: nn.Module, path: str, batches: list[TokenBatch]) -> list[Tensor]:
     if path != "shared":
-        return [_RUN[path](model, batch, "float32").double() for batch in batches]
+        return [_RUN[path](model, batch, Numerics()).double() for batch in batches]
     expected = expected_calls(model)
     if expected is None:
         raise NotShared("layers that mix along the stream")
     got = []
     for batch in batches:
         with counted_calls() as calls:
-            got.append(_shared(model, batch, "float32").double())
+            got.append(_shared(model, batch, Numerics()).double())
             if (calls.total, calls.windowed) != expected:
                 raise NotShared(f"attention called {calls.total} times ({calls.windowed} windowed), not {expected}")
     first, changed = got[0], got[1]

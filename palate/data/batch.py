@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..layout import Layout
-from .records import Source
-from .tokens import TokenGroup
+from palate.data.records import Source
+from palate.data.tokens import TokenGroup
+from palate.layout import Layout
 
 
 @dataclass(frozen=True, eq=False)

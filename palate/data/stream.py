@@ -10,8 +10,8 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from .batch import stream_length
-from .tokens import TokenGroup
+from palate.data.batch import stream_length
+from palate.data.tokens import TokenGroup
 
 Batch = TypeVar("Batch")
 

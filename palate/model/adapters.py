@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..errors import ModelError, UsageError
+from palate.errors import ModelError, UsageError
 
 
 def add_lora(

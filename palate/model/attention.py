@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from ..layout import Layout
+from palate.layout import Layout
 
 NAME = "palate_shared_prompt"
 
@@ -78,14 +78,20 @@ def stream_attention(
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scaling, window, softcap, sinks) -> Tensor:
-    """Causal attention (n, heads, L, dim), queries aligned to the lower right of the keys."""
+    """Causal attention (n, heads, L, dim), queries aligned to the lower right of the keys.
+
+    Rows and columns are filled up to multiples of 8 and the filling is masked: the CPU kernel's scratch memory then is
+    aligned for every thread, so that the bits do not depend on which thread takes a head, or on n.
+    """
     rows, columns = q.shape[2], k.shape[2]
     window = None if window is None or window >= columns else window
-    plain = rows == columns and window is None
+    q, k, v = _filled(q), _filled(k), _filled(v)
     if softcap is None and sinks is None:
+        plain = rows == columns and window is None
         mask = None if plain else _allowed(rows, columns, window, q.device)
         gqa = q.shape[1] != k.shape[1]
-        return scaled_dot_product_attention(q, k, v, mask, is_causal=plain, scale=scaling, enable_gqa=gqa)
+        out = scaled_dot_product_attention(q, k, v, mask, is_causal=plain, scale=scaling, enable_gqa=gqa)
+        return out[:, :, :rows]
     repeat = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -94,17 +100,28 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scaling, window, softcap, sinks)
     wide = torch.promote_types(scores.dtype, torch.float32)
     scores = scores.to(wide).masked_fill(~_allowed(rows, columns, window, q.device), float("-inf"))
     if sinks is not None:  # a learned score per head that takes part in the softmax and has no value
-        sinks = sinks.to(wide).view(1, -1, 1, 1).expand(len(q), -1, rows, 1)
-        return (torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]).to(v.dtype) @ v
-    return scores.softmax(-1).to(v.dtype) @ v
+        sinks = sinks.to(wide).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
+    else:
+        scores = scores.softmax(-1)
+    return (scores.to(v.dtype) @ v)[:, :, :rows]
+
+
+def _filled(x: Tensor) -> Tensor:
+    missing = -x.shape[2] % 8
+    return nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
 
 
 @lru_cache(maxsize=512)
 def _allowed(rows: int, columns: int, window: int | None, device: torch.device) -> Tensor:
-    """(rows, columns) bool: which keys the last `rows` of `columns` positions may see."""
+    """(rows, columns), filled up to multiples of 8, bool: which keys the last `rows` of `columns` positions may see."""
     distance = torch.arange(columns - rows, columns, device=device)[:, None] - torch.arange(columns, device=device)
     allowed = distance >= 0
-    return allowed if window is None else allowed & (distance < window)
+    if window is not None:
+        allowed &= distance < window
+    allowed = nn.functional.pad(allowed, (0, -columns % 8, 0, -rows % 8))
+    allowed[rows:, 0] = True  # a filling row sees one key, so that its softmax is finite; nothing reads it
+    return allowed
 
 
 AttentionInterface.register(NAME, stream_attention)

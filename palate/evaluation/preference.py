@@ -1,0 +1,41 @@
+"""Held-out loss, margins and accuracy, with the interval of the accuracy."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from palate.data.batch import stream_length
+from palate.data.stream import pack
+from palate.data.tokens import TokenGroup
+from palate.distributed import Ranks
+from palate.evaluation.statistics import wilson
+from palate.tally import Tally
+
+SHARES = ("rewards/accuracies", "logps/accuracies")
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, groups: Sequence[TokenGroup], objective: Callable, *, tokens: int = 2048
+) -> dict[str, float]:
+    """`eval/...` numbers of the model on `groups`, as the objective counts them; shares come with `_low` and `_high`.
+
+    objective: as in `train.objectives`; its metrics are summed over micro-batches and divided once.
+    """
+    loss, metrics = Tally(), {}
+    micro = [objective.collate([groups[i] for i in part]) for part in pack([stream_length(g) for g in groups], tokens)]
+    micro = [batch.to(model.device) for batch in micro]
+    context = objective.prepare(model, micro, Ranks.single())
+    for batch in micro:
+        outcome = objective(model, batch, context)
+        loss = loss + Tally(float(outcome.loss.total), outcome.loss.count)
+        for name, tally in outcome.metrics.items():
+            metrics[name] = metrics.get(name, Tally()) + Tally(float(tally.total), tally.count)
+    found: dict[str, Any] = {"eval/loss": loss.mean} | {f"eval/{name}": tally.mean for name, tally in metrics.items()}
+    for name in SHARES:
+        if name in metrics:
+            share = wilson(metrics[name].total, int(metrics[name].count))
+            found |= {f"eval/{name}_low": share.low, f"eval/{name}_high": share.high}
+    return found | {"eval/count": loss.count}

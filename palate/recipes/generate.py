@@ -1,0 +1,88 @@
+"""Prompts and a policy to completions."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from palate.errors import UsageError
+from palate.recipes.training import stderr
+
+
+class GenerateConfig(BaseModel):
+    """Options of `palate generate`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: Annotated[str, Field(description="Hub id, folder, run folder or GGUF file")]
+    data: Annotated[str, Field(description="File whose prompts are completed")]
+    out: Annotated[str, Field(description="JSONL file to write; one object a completion")]
+    max_tokens: Annotated[int, Field(gt=0, description="New tokens at most, the end token included")] = 256
+    temperature: Annotated[float, Field(ge=0, le=100, description="0 takes the likeliest token")] = 1.0
+    samples: Annotated[int, Field(gt=0, description="Completions of each prompt")] = 1
+    seed: Annotated[int, Field(ge=0, description="Of the draws; every completion has its own")] = 0
+    device: Annotated[str, Field(description="auto, cpu, cuda, mps")] = "auto"
+    bad_rows: Annotated[Literal["stop", "skip"], Field(description="stop, or leave bad rows out")] = "stop"
+    columns: Annotated[dict[str, str], Field(description="Column names, as prompt=question")] = {}
+    format: Annotated[str | None, Field(description="jsonl, json, csv or parquet")] = None
+    chat_template: Annotated[str | None, Field(description="Jinja file to use instead of the model's template")] = None
+    trust_remote_code: Annotated[bool, Field(description="Run Python code that the model brings")] = False
+    revision: Annotated[str | None, Field(description="Commit of a Hub model")] = None
+
+
+def run(config: GenerateConfig, *, verb: str = "generate", argv=(), say=stderr, panel=None) -> dict[str, Any]:
+    """Writes `prompt completion sample logp tokens finished` rows to --out, in the order of the prompts."""
+    from palate.data.sources import read_prompts
+    from palate.data.template import load_template
+    from palate.data.tokens import encode_prompt, end_tokens
+    from palate.files import write_json_lines
+    from palate.model.load import load
+    from palate.sampling.generate import generate
+
+    if Path(config.out).exists():
+        raise UsageError(f"{config.out} exists already", code="E313", next="name another --out")
+    records = read_prompts(config.data, columns=config.columns or None, format=config.format, bad_rows=config.bad_rows)
+    loaded = load(
+        config.model, device=config.device, trust_remote_code=config.trust_remote_code, revision=config.revision
+    )
+    tokenizer = loaded.tokenizer
+    if config.chat_template is not None:
+        load_template(config.chat_template, tokenizer)
+    prompts = [encode_prompt(record.prompt, tokenizer) for record in records]
+    ends = end_tokens(tokenizer)
+    made = generate(
+        loaded.model,
+        tokenizer,
+        prompts,
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        samples=config.samples,
+        seed=config.seed,
+        end_ids=ends,
+    )
+    rows = []
+    for sample in made:
+        ids = sample.ids.tolist()
+        text = tokenizer.decode(ids[:-1] if sample.finished else ids)
+        prompt = records[sample.prompt].prompt
+        rows.append(
+            {
+                "prompt": prompt
+                if isinstance(prompt, str)
+                else [{"role": m.role, "content": m.content} for m in prompt],
+                "completion": text,
+                "sample": sample.sample,
+                "logp": sample.logp,
+                "tokens": len(ids),
+                "finished": sample.finished,
+            }
+        )
+    write_json_lines(Path(config.out), rows)
+    finished = sum(row["finished"] for row in rows)
+    return {
+        "out": config.out,
+        "completions": len(rows),
+        "finished": finished,
+        "tokens": sum(row["tokens"] for row in rows),
+        "summary": f"{config.out}: {len(rows)} completions, {finished} finished",
+    }

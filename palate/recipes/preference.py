@@ -1,0 +1,191 @@
+"""Pairs, ranked lists or single feedback to a policy: the DPO and KTO families.
+
+The reference is scored once and read from then on; at step 0, where it is the starting policy, the log-ratios must be
+zero and the loss at its closed form, or nothing is trained.
+"""
+
+from functools import partial
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from palate.errors import UsageError
+from palate.recipes.training import TrainingConfig, dry_run, prepare, stderr, train
+
+
+class PreferenceConfig(TrainingConfig):
+    """Options of `palate dpo`."""
+
+    reference: Annotated[
+        str | None, Field(description="Model to stay close to; default: the starting weights, adapters off")
+    ] = None
+    loss: Annotated[str, Field(description="A loss of the pairwise or ranked family, such as dpo, ipo, simpo")] = "dpo"
+    loss_options: Annotated[
+        dict[str, float | bool | int], Field(description="Options of the loss, by its own names")
+    ] = {}
+    beta: Annotated[float | None, Field(description="Short for loss_options.beta")] = None
+
+
+class FeedbackConfig(PreferenceConfig):
+    """Options of `palate kto`."""
+
+    loss: Annotated[str, Field(description="A loss on single feedback")] = "kto"
+
+
+def run(config: PreferenceConfig, *, verb: str = "dpo", argv=(), say=stderr, panel=None) -> dict[str, Any]:
+    """Trains --model on the preferences of --data; returns the result object of --json.
+
+    Raises UsageError for a loss or option that does not fit, DataError, ModelError, and Interrupted when stopped.
+    """
+    from palate import losses
+    from palate.data.batch import best_first
+    from palate.data.sources import read_feedback, read_pairs
+    from palate.data.tokens import without_signal
+    from palate.train.objectives import objective
+
+    options = loss_options(config)
+    kind = losses.info(config.loss).kind
+    if (kind == "feedback") != (verb == "kto"):
+        other = "kto" if kind == "feedback" else "dpo"
+        raise UsageError(f'loss "{config.loss}" is not one of palate {verb}', next=f"use palate {other}")
+
+    def usable(group) -> str | None:
+        if kind == "ranked":
+            return None if best_first(group) else "rankings with ties"
+        return "pairs without signal" if kind == "pairwise" and without_signal(group) else None
+
+    read = partial(
+        read_feedback if kind == "feedback" else read_pairs,
+        columns=config.columns or None,
+        format=config.format,
+        bad_rows=config.bad_rows,
+    )
+    prepared = prepare(
+        config, read, lambda numerics: objective(config.loss, numerics, **options), usable=usable, say=say
+    )
+    if config.dry_run:
+        return dry_run(config, prepared, say)
+    return train(
+        config,
+        verb,
+        prepared,
+        argv=argv,
+        say=say,
+        panel=panel,
+        annotate=partial(pin_reference, config, prepared, say) if prepared.objective.reference else None,
+        better="eval/rewards/accuracies" if kind != "feedback" else "eval/rewards/margins",
+        verdict=feedback_verdict if kind == "feedback" else pair_verdict,
+    )
+
+
+def loss_options(config: PreferenceConfig) -> dict[str, Any]:
+    """Every option of the loss, --beta folded in. Raises UsageError naming the loss and what it takes."""
+    from palate import losses
+
+    given = dict(config.loss_options)
+    if config.loss not in losses.LOSSES:
+        raise UsageError(
+            f'there is no loss "{config.loss}"', code="E303", next=f"use one of {', '.join(sorted(losses.LOSSES))}"
+        )
+    takes = losses.info(config.loss).options
+    if config.beta is not None:
+        if "beta" not in takes:
+            raise UsageError(
+                f'loss "{config.loss}" has no option "beta"; it takes: {", ".join(takes)}',
+                code="E301",
+                next=f"use --loss-options.{next(iter(takes))}" if takes else "leave --beta out",
+            )
+        given["beta"] = config.beta
+    try:
+        return losses.check_options(config.loss, given)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error), code="E307", next="see palate dpo --help and docs/losses.md") from None
+
+
+def pin_reference(config: PreferenceConfig, prepared, say, run, groups, held):
+    """Groups with their reference column, from the run folder, the store or a pass over the reference.
+
+    The column is pinned in the run folder, which is read alone from then on.
+    """
+    from palate.model.load import check_same_tokenizer, load
+    from palate.reference import ReferenceColumn, reference_column, reference_identity, with_reference
+    from palate.store import reference_store
+    from palate.train.selfcheck import check_start, start_report
+
+    objective, model = prepared.objective, prepared.loaded.model
+    everything = [*groups, *held]
+    column = ReferenceColumn.read(run.reference_path, everything)
+    if column is None:
+        reference = model
+        if config.reference is not None:
+            other = load(
+                config.reference,
+                device=config.device,
+                trust_remote_code=config.trust_remote_code,
+                revision=config.revision,
+            )
+            check_same_tokenizer(prepared.loaded.tokenizer, other.tokenizer)
+            reference = other.model
+        store = reference_store(reference_identity(reference, prepared.precision))
+        column = reference_column(
+            everything,
+            reference,
+            numerics=objective.numerics,
+            tokens=config.train.tokens,
+            store=store,
+            folder=run.path / "scoring",
+            progress=lambda done, todo: say(f"reference: {done} of {todo} completions scored"),
+        )
+        column.write(run.reference_path, everything)
+        run.forget("scoring")
+        for note in store.notes:
+            say(f"reference: {note}")
+    say(f"reference: {column.scored} completions scored, {column.reused} reused")
+    annotated = with_reference(everything, column)
+    own_tag = objective.numerics.tag(model)
+    if foreign := [tag for tag in column.tags if tag != own_tag]:
+        say(f"reference: scored under other numerics ({foreign[0]}): margins at the start are tiny, not zero")
+
+    def suspects() -> str:
+        if reference_identity(model, prepared.precision) != column.identity:
+            return "weights or config of the policy"
+        if foreign:
+            return f"dtype or kernels ({foreign[0]} against {own_tag})"
+        if any(module.training for module in model.modules() if "Dropout" in type(module).__name__):
+            return "dropout, which is on"
+        return "tokens (template) or the stored values"
+
+    def inspect(number, outcomes) -> None:
+        if number != 1:
+            return
+        if column.identity == prepared.identity:
+            say(str(check_start(outcomes, objective, suspects)))
+        else:
+            say(f"{start_report(outcomes, objective)}; the reference is not the start")
+
+    facts = {"reference_scored": column.scored, "reference_reused": column.reused}
+    return annotated[: len(groups)], annotated[len(groups) :], facts, inspect
+
+
+def pair_verdict(before: dict, after: dict) -> tuple[bool, str]:
+    """Better: the interval of held-out accuracy lies above one half."""
+    key = "eval/rewards/accuracies"
+    if key not in after:
+        return False, "verdict: no held-out pairs, so nothing is shown"
+    low, high = after[f"{key}_low"], after[f"{key}_high"]
+    word = "better" if low > 0.5 else "worse" if high < 0.5 else "not shown to be better"
+    return low > 0.5, (
+        f"verdict: {word}: on {after['eval/count']:.0f} held-out pairs the chosen completion has the larger implicit "
+        f"reward in {after[key]:.1%} [{low:.1%}, {high:.1%}], loss {before['eval/loss']:.4f} to {after['eval/loss']:.4f}"
+    )
+
+
+def feedback_verdict(before: dict, after: dict) -> tuple[bool, str]:
+    """Better: held-out loss fell."""
+    if "eval/loss" not in after:
+        return False, "verdict: no held-out feedback, so nothing is shown"
+    better = after["eval/loss"] < before["eval/loss"]
+    return better, (
+        f"verdict: held-out loss {before['eval/loss']:.4f} to {after['eval/loss']:.4f}, reward of wanted completions "
+        f"{after['eval/rewards/chosen']:+.3f}, of unwanted {after['eval/rewards/rejected']:+.3f}"
+    )

@@ -1,0 +1,44 @@
+"""Demonstrations to a policy: next-token likelihood on the completions alone."""
+
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from palate.recipes.training import TrainingConfig, dry_run, prepare, stderr, train
+
+
+class SftConfig(TrainingConfig):
+    """Options of `palate sft`."""
+
+    turns: Annotated[
+        Literal["all", "last"], Field(description="Which assistant turns of a conversation are trained")
+    ] = "all"
+
+
+def run(config: SftConfig, *, verb: str = "sft", argv=(), say=stderr, panel=None) -> dict[str, Any]:
+    """Trains --model on the demonstrations of --data; returns the result object of --json."""
+    from palate.data.sources import read_demonstrations
+    from palate.train.objectives import completion_nll
+
+    read = partial(
+        read_demonstrations,
+        columns=config.columns or None,
+        format=config.format,
+        bad_rows=config.bad_rows,
+        turns=config.turns,
+    )
+    prepared = prepare(config, read, completion_nll, usable=lambda group: None, say=say)
+    if config.dry_run:
+        return dry_run(config, prepared, say)
+    return train(config, verb, prepared, argv=argv, say=say, panel=panel, better="eval/negative_loss", verdict=verdict)
+
+
+def verdict(before: dict, after: dict) -> tuple[bool, str]:
+    """Better: held-out nats per token fell."""
+    if "eval/loss" not in after:
+        return False, "verdict: no held-out rows, so nothing is shown"
+    return after["eval/loss"] < before["eval/loss"], (
+        f"verdict: held-out {before['eval/loss']:.4f} to {after['eval/loss']:.4f} nats a token "
+        f"on {after['eval/count']:.0f} tokens"
+    )

@@ -1,0 +1,614 @@
+"""What the training pages share: their options, rows to groups, the plan, the run folder around fit().
+
+A page says which records it reads, which objective it trains and what it evaluates; the rest is here once.
+"""
+
+import hashlib
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from palate.errors import DataError, NotBetterError, UsageError
+from palate.train.optim import OptimConfig, UpdateConfig
+
+Say = Callable[[str], None]
+
+
+class TrainConfig(UpdateConfig):
+    """How the steps are taken."""
+
+    tokens: Annotated[int, Field(gt=0, description="Stream tokens per micro-batch: bounds memory, moves no number")] = (
+        2048
+    )
+    checkpointing: Annotated[bool, Field(description="Recompute activations in backward: less memory, more time")] = (
+        False
+    )
+    keep: Annotated[int, Field(ge=1, description="Checkpoints to keep besides the best")] = 2
+
+
+class TrainingConfig(BaseModel):
+    """Options of every training verb."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: Annotated[str, Field(description="Hub id, folder, run folder, GGUF file, or new:CONFIG.json")]
+    data: Annotated[str, Field(description="JSONL, JSON, CSV or Parquet file, slice of one as FILE[:500], or Hub id")]
+    eval: Annotated[str, Field(description="Held-out data; auto: 5 % of the prompts, at most 300; none")] = "auto"
+    out: Annotated[str | None, Field(description="Run folder; default: runs/VERB-N")] = None
+    lr: Annotated[
+        Literal["auto"] | Annotated[float, Field(gt=0, lt=math.inf)],
+        Field(description="Peak learning rate; auto: by model size, ten times that with LoRA"),
+    ] = "auto"
+    epochs: Annotated[int, Field(gt=0, description="Passes over the data")] = 1
+    steps: Annotated[int | None, Field(gt=0, description="Optimizer steps; wins over epochs")] = None
+    batch: Annotated[int, Field(gt=0, description="Pairs or examples per optimizer step")] = 64
+    max_length: Annotated[
+        int | None,
+        Field(gt=1, description="Tokens of prompt + longer completion; default: min(1024, the model's context)"),
+    ] = None
+    seed: Annotated[int, Field(ge=0, description="Of order, split and new weights")] = 0
+    lora_rank: Annotated[int | None, Field(gt=0, description="Train low-rank adapters of this rank; default: off")] = (
+        None
+    )
+    lora_alpha: Annotated[float | None, Field(gt=0, lt=math.inf, description="LoRA scale; default: twice the rank")] = (
+        None
+    )
+    precision: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        Field(description="Of the matmuls; weights, sums and losses stay float32 or better; auto: bfloat16 on GPU"),
+    ] = "auto"
+    device: Annotated[str, Field(description="auto, cpu, cuda, mps")] = "auto"
+    save_every: Annotated[int | None, Field(gt=0, description="Steps between checkpoints; default: a fifth")] = None
+    eval_every: Annotated[int | None, Field(gt=0, description="Steps between evaluations; default: a fifth")] = None
+    log_every: Annotated[int, Field(gt=0, description="Steps between lines on the screen; files have all")] = 1
+    bad_rows: Annotated[
+        Literal["stop", "skip"], Field(description="stop: name them and write nothing; skip: keep them aside")
+    ] = "stop"
+    columns: Annotated[dict[str, str], Field(description="Column names, as chosen=good,rejected=bad")] = {}
+    format: Annotated[str | None, Field(description="jsonl, json, csv or parquet, where the name does not tell")] = None
+    chat_template: Annotated[str | None, Field(description="Jinja file to use instead of the model's template")] = None
+    samples: Annotated[int, Field(ge=0, description="Held-out prompts completed before and after")] = 4
+    resume: Annotated[bool, Field(description="Go on from the last verified checkpoint of --out")] = False
+    require_better: Annotated[bool, Field(description="Exit 4 unless shown better on held-out data")] = False
+    dry_run: Annotated[bool, Field(description="Print the plan and stop")] = False
+    trust_remote_code: Annotated[bool, Field(description="Run Python code that the model brings")] = False
+    revision: Annotated[str | None, Field(description="Commit of a Hub model; 40 hex digits with remote code")] = None
+    train: TrainConfig = TrainConfig()
+
+
+# what may differ between a run and its resumption: nothing that moves a number
+MAY_CHANGE = ("resume", "dry_run", "out", "log_every", "require_better", "save_every")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tokenised data of a run, and everything that was counted on the way.
+
+    train, held: groups. counts: what was cut, dropped and without signal. rejects: raw rows that were refused.
+    """
+
+    train: list
+    held: list
+    counts: dict[str, int]
+    sources: list[dict[str, Any]]
+    notes: list[str]
+    rejects: list[tuple[str, int, str, str]] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """One line for the screen."""
+        shown = [f"{self.counts['rows']} rows, {len(self.held)} held out"]
+        shown += [f"{count} {name}" for name, count in self.counts.items() if name != "rows" and count]
+        return ", ".join(shown)
+
+
+def read_rows(config: TrainingConfig, read: Callable, tokenizer, limit: int, *, usable: Callable, say: Say) -> Rows:
+    """Records of --data and --eval as groups; refused rows stop the run, or are kept aside under --bad-rows skip.
+
+    read: (data) -> Records. usable: (group) -> None, or why the group cannot teach anything.
+    """
+    from palate.data.tokens import tokenize
+
+    records = read(config.data)
+    for note in [*records.notes, *records.warnings]:
+        say(f"data: {note}")
+    counts = {"rows": len(records)} | {f"dropped ({reason})": n for reason, n in records.dropped.items()}
+    rejects = [
+        (source.file, source.line, raw, f"{message} [{code}]") for source, raw, code, message in records.rejected
+    ]
+    sources = [dict(source, role="train") for source in records.sources]
+
+    def groups_of(records) -> list:
+        groups, refused = [], []
+        for record in records:
+            try:
+                group = tokenize(record, tokenizer, max_length=limit)
+            except DataError as error:
+                refused.append((record.source, error))
+                continue
+            reason = usable(group)
+            if reason is not None:
+                counts[reason] = counts.get(reason, 0) + 1
+                continue
+            counts["prompts cut"] = counts.get("prompts cut", 0) + (group.prompt_cut > 0)
+            counts["rows with a cut completion"] = counts.get("rows with a cut completion", 0) + any(group.cut)
+            groups.append((record, group))
+        if refused and config.bad_rows == "stop":
+            lines = "\n".join(str(error) for _, error in refused[:20])
+            raise DataError(
+                f"{len(refused)} of {len(records)} rows cannot be used; the first:\n{lines}",
+                code="E200",
+                next="mend these rows, or use --bad-rows skip",
+            )
+        for source, error in refused:
+            counts["refused"] = counts.get("refused", 0) + 1
+            if source is not None:
+                rejects.append((source.file, source.line, "", str(error)))
+        return groups
+
+    pairs = groups_of(records)
+    if config.eval == "none":
+        held = []
+    elif config.eval == "auto":
+        held_prompts = _held_out([_prompt_key(record) for record, _ in pairs], config.seed)
+        held = [group for record, group in pairs if _prompt_key(record) in held_prompts]
+        pairs = [(record, group) for record, group in pairs if _prompt_key(record) not in held_prompts]
+    else:
+        other = read(config.eval)
+        sources += [dict(source, role="eval") for source in other.sources]
+        held_pairs = groups_of(other)
+        shared = {_prompt_key(record) for record, _ in pairs} & {_prompt_key(record) for record, _ in held_pairs}
+        counts["prompts shared with eval"] = len(shared)
+        held = [group for _, group in held_pairs]
+    train = [group for _, group in pairs]
+    if not train:
+        raise DataError(f"no row of {config.data} is left to train on", code="E104", next="look at the counts above")
+    return Rows(train, held, counts, sources, list(records.notes), rejects)
+
+
+def _prompt_key(record) -> str:
+    return hashlib.blake2b(repr(record.prompt).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def _held_out(keys: Sequence[str], seed: int) -> set[str]:
+    """5 % of the distinct prompts, at most 300, by a hash of (seed, prompt): the same however the file is ordered."""
+    distinct = sorted(set(keys), key=lambda key: hashlib.blake2b(f"{seed} {key}".encode()).digest())
+    return set(distinct[: min(300, len(distinct) // 20)])
+
+
+def max_length(config: TrainingConfig, model) -> int:
+    """--max-length, by default min(1024, context). Raises UsageError beyond the model's context."""
+    from palate.model.load import context
+
+    bound = context(model)
+    if config.max_length is not None and bound is not None and config.max_length > bound:
+        raise UsageError(
+            f"--max-length {config.max_length} is beyond the model's context of {bound} tokens",
+            code="E308",
+            next=f"use at most {bound}",
+        )
+    return config.max_length or min(1024, bound or 1024)
+
+
+def auto_rate(config: TrainingConfig, parameters: int) -> tuple[float, str]:
+    """The learning rate and the reason for it. parameters: of the whole model."""
+    if config.lr != "auto":
+        return config.lr, "as given"
+    rate, reason = (
+        next(
+            (rate, f"under {limit / 1e6:,.0f} M parameters")
+            for limit, rate in ((10e6, 2e-4), (1e9, 5e-6), (math.inf, 5e-7))
+            if parameters < limit
+        )
+        if parameters < 1e9
+        else (5e-7, "1 B parameters or more")
+    )
+    if config.lora_rank:
+        return rate * 10, f"{reason}, times ten with LoRA"
+    return rate, reason
+
+
+def resolve_precision(config, device: str) -> str:
+    """--precision; auto is bfloat16 on GPUs and float32 elsewhere."""
+    if config.precision != "auto":
+        return config.precision
+    return "bfloat16" if device == "cuda" else "float32"
+
+
+def update_config(config: TrainingConfig, rate: float) -> OptimConfig:
+    """The optimizer's config out of the run's."""
+    fields = {name: getattr(config.train, name) for name in UpdateConfig.model_fields}
+    return OptimConfig(lr=rate, **fields)
+
+
+def enable_checkpointing(model) -> None:
+    """Recomputes layers in backward, with dropout still off: only the layers' own flag says "training"."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+
+
+def default_out(config, verb: str) -> Path:
+    """--out, or the next free runs/VERB-N."""
+    from palate.run import next_folder
+
+    if config.out is not None:
+        return Path(config.out)
+    if getattr(config, "resume", False):
+        raise UsageError("--resume needs --out", code="E313", next="name the run folder to go on with")
+    return next_folder(Path("runs"), verb)
+
+
+def plan_lines(config, loaded, rows: Rows, *, steps: int, rate: float, reason: str, precision: str, objective, seconds):
+    """The plan of a run, as lines: rows as the loss will see them, steps, memory by part, time, disk."""
+    from palate.data.batch import stream_length
+    from palate.scoring import support
+
+    model = loaded.model
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
+    lengths = [stream_length(group) for group in rows.train]
+    micro = min(config.train.tokens, sum(lengths))
+    text = model.config.get_text_config(decoder=True)
+    activations = micro * text.hidden_size * text.num_hidden_layers * 4 * (4 if config.train.checkpointing else 22)
+    head = min(2**25, micro * text.vocab_size) * 4 * 2
+    lines = [
+        f"model      {loaded.name}: {model.num_parameters():,} parameters, {support(model).path} prompts"
+        + (f" ({support(model).reason})" if support(model).reason else ""),
+        f"data       {rows.summary()}",
+        f"tokens     {sum(lengths):,} in streams; a row has {min(lengths)} to {max(lengths)}",
+        f"training   {objective.name} {objective.options} · lr {rate:g} ({reason}) · {steps} steps of {config.batch} · "
+        f"{precision}",
+        f"memory     weights {_mb(weights)}, gradients {_mb(trained)}, optimizer {_mb(2 * trained)}, activations about "
+        f"{_mb(activations)}, head about {_mb(head)}",
+        f"disk       {_mb(weights + (config.train.keep + 1) * 3 * trained)} (model and {config.train.keep + 1} checkpoints)",
+    ]
+    if seconds is not None:
+        lines.append(f"time       about {_clock(seconds * steps)} ({seconds:.1f} s a step, from one micro-batch)")
+    return lines
+
+
+def preview(tokenizer, group) -> list[str]:
+    """One row as the loss sees it: the prompt, each completion with its scored tokens in brackets, the end token too."""
+    lines = [f"prompt     {tokenizer.decode(group.prompt.tolist())!r}  ({len(group.prompt)} tokens)"]
+    for ids, spans in zip(group.completions, group.spans, strict=True):
+        scored = {i for start, stop in spans for i in range(start, stop)}
+        shown = "".join(
+            f"[{tokenizer.decode([t])}]" if i in scored else tokenizer.decode([t]) for i, t in enumerate(ids.tolist())
+        )
+        lines.append(f"completion {shown!r}  ({len(scored)} scored)")
+    return lines
+
+
+def micro_seconds(model, groups, objective, tokens: int, batch: int) -> float:
+    """Seconds an optimizer step should take: one micro-batch forward and backward, scaled by tokens. Moves no weight."""
+    from palate.data.batch import stream_length
+    from palate.data.stream import pack
+
+    taken = [groups[i] for i in pack([stream_length(g) for g in groups], tokens)[0]]
+    part = objective.collate(taken).to(model.device)
+    started = time.perf_counter()
+    outcome = objective(model, part, objective.prepare(model, [part], _ranks()))
+    outcome.loss.total.backward()
+    model.zero_grad()
+    spent = time.perf_counter() - started
+    mean = sum(stream_length(g) for g in groups) / len(groups)
+    return spent * mean * min(batch, len(groups)) / sum(stream_length(g) for g in taken)
+
+
+def _ranks():
+    from palate.distributed import Ranks
+
+    return Ranks.current()
+
+
+def hardware() -> str:
+    """CPU or GPU in a few words."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def stderr(text: str) -> None:
+    """Messages go to stderr; stdout is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def require(better: bool, what: str) -> None:
+    """--require-better. Raises NotBetterError."""
+    if not better:
+        raise NotBetterError(what, next="train longer, change --lr or --beta, or look at the data with palate doctor")
+
+
+def _mb(size: float) -> str:
+    return f"{size / 2**30:.1f} GB" if size >= 2**30 else f"{size / 2**20:.0f} MB"
+
+
+def _clock(seconds: float) -> str:
+    return (
+        f"{seconds / 3600:.1f} h"
+        if seconds > 5400
+        else f"{seconds / 60:.0f} min"
+        if seconds > 90
+        else f"{seconds:.0f} s"
+    )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run before its first forward pass: model, rows, objective and the numbers they imply."""
+
+    loaded: Any
+    rows: Rows
+    objective: Any
+    precision: str
+    rate: float
+    reason: str
+    steps: int
+    identity: str  # of the starting weights under this precision
+
+
+def prepare(config: TrainingConfig, read: Callable, objective_of: Callable, *, usable: Callable, say: Say) -> Prepared:
+    """Reads, loads, tokenises and counts; writes nothing.
+
+    read: (data) -> Records. objective_of: (numerics) -> objective. usable: see `read_rows`.
+    """
+    from palate.data.stream import count_steps
+    from palate.data.template import load_template
+    from palate.model.adapters import add_lora
+    from palate.model.load import load, with_tokenizer
+    from palate.reference import reference_identity
+    from palate.scoring import Numerics, support
+
+    records = read(config.data)  # bad rows are named before a model is loaded
+    loaded = load(
+        config.model,
+        device=config.device,
+        seed=config.seed,
+        trust_remote_code=config.trust_remote_code,
+        revision=config.revision,
+    )
+    for note in loaded.notes:
+        say(f"model: {note}")
+    if loaded.tokenizer is None:
+        loaded = with_tokenizer(loaded, texts_of(records))
+    if config.chat_template is not None:
+        load_template(config.chat_template, loaded.tokenizer)
+    model = loaded.model
+    limit = max_length(config, model)
+    rows = read_rows(
+        config,
+        lambda data: records if data == config.data else read(data),
+        loaded.tokenizer,
+        limit,
+        usable=usable,
+        say=say,
+    )
+    precision = resolve_precision(config, model.device.type)
+    numerics = Numerics.of(model, precision, config.train.tokens)
+    if support(model).path != "shared":
+        say(f"model: scored as padded rows: {support(model).reason}")
+    identity = reference_identity(model, precision)
+    if config.lora_rank:
+        model = add_lora(model, config.lora_rank, config.lora_alpha, seed=config.seed)
+        loaded = replace(loaded, model=model)
+    if config.train.checkpointing:
+        enable_checkpointing(model)
+    rate, reason = auto_rate(config, loaded.model.num_parameters())
+    steps = count_steps(len(rows.train), config.batch, config.epochs, config.steps)
+    return Prepared(loaded, rows, objective_of(numerics), precision, rate, reason, steps, identity)
+
+
+def texts_of(records) -> list[str]:
+    """Every text of the records, for a tokenizer to be trained on."""
+
+    def flat(value) -> list[str]:
+        if isinstance(value, str):
+            return [value]
+        if isinstance(value, tuple):
+            return [text for item in value for text in flat(item)]
+        return [value.content] if hasattr(value, "content") else []
+
+    fields = ("prompt", "completion", "chosen", "rejected", "completions")
+    return [text for record in records for name in fields for text in flat(getattr(record, name, ""))]
+
+
+def dry_run(config: TrainingConfig, prepared: Prepared, say: Say) -> dict[str, Any]:
+    """The plan, on stdout by way of the result; nothing is written, no weight moves."""
+    from palate.reference import annotate
+
+    model, objective, rows = prepared.loaded.model, prepared.objective, prepared.rows
+    groups = rows.train[: min(len(rows.train), 8)]
+    if objective.reference:
+        groups = annotate(groups, model, numerics=objective.numerics, tokens=config.train.tokens)
+    seconds = micro_seconds(model, groups, objective, config.train.tokens, config.batch)
+    lines = plan_lines(
+        config,
+        prepared.loaded,
+        rows,
+        steps=prepared.steps,
+        rate=prepared.rate,
+        reason=prepared.reason,
+        precision=prepared.precision,
+        objective=objective,
+        seconds=seconds,
+    )
+    lines += [line for group in rows.train[:2] for line in preview(prepared.loaded.tokenizer, group)]
+    return {"plan": lines, "steps": prepared.steps, "rows": rows.counts, "lr": prepared.rate, "text": "\n".join(lines)}
+
+
+def train(
+    config: TrainingConfig,
+    verb: str,
+    prepared: Prepared,
+    *,
+    argv: Sequence[str],
+    say: Say,
+    panel: Callable | None,
+    annotate: Callable | None = None,
+    better: str,
+    verdict: Callable[[dict, dict], tuple[bool, str]],
+) -> dict[str, Any]:
+    """The run folder from first line to saved model; resumes where --resume asks for it.
+
+    annotate: (run, train, held) -> (train, held, facts, inspect), for objectives with a reference.
+    better: the evaluation's key that picks the best checkpoint. verdict: (before, after) -> (shown better, sentence).
+    """
+    from palate.data.stream import stream
+    from palate.evaluation.preference import evaluate
+    from palate.model.load import save
+    from palate.run import Run
+    from palate.train import checkpoint
+    from palate.train.fit import fit
+    from palate.train.loop import TrainState
+
+    out = default_out(config, verb)
+    ranks = _ranks()
+    resolved = config.model_dump(mode="json")
+    with Run.create(
+        out, verb=verb, config=resolved, argv=list(argv), resume=config.resume, may_change=MAY_CHANGE
+    ) as run:
+        if run.finished:
+            say(f"{run.path} is finished: nothing to do")
+            return dict(run.result, out=str(run.path), reference_scored=0)
+        model, tokenizer, objective, rows = (
+            prepared.loaded.model,
+            prepared.loaded.tokenizer,
+            prepared.objective,
+            prepared.rows,
+        )
+        run.write_data(
+            {
+                "sources": rows.sources,
+                "counts": rows.counts,
+                "notes": rows.notes,
+                "seed": config.seed,
+                "train": len(rows.train),
+                "held": len(rows.held),
+            }
+        )
+        if rows.rejects:
+            run.write_rejects(rows.rejects)
+        say(f"run: {run.path} · {hardware()}")
+        say(f"data: {rows.summary()}")
+        say(
+            f"plan: {objective.name} {objective.options} lr={prepared.rate:g} ({prepared.reason}), "
+            f"{prepared.steps} steps of {config.batch}, {prepared.precision}"
+        )
+        groups, held, facts, inspect = rows.train, rows.held, {}, None
+        if annotate is not None:
+            groups, held, facts, inspect = annotate(run, groups, held)
+
+        state = TrainState.fresh(model, update_config(config, prepared.rate), prepared.steps)
+        found, damaged = checkpoint.latest(run.checkpoints) if config.resume else (None, [])
+        for path in damaged:
+            say(f"resume: {path} is damaged and was left aside")
+        if found is not None:
+            checkpoint.load(found, state)
+            say(f"resume: from {found}")
+        elif config.resume:
+            say("resume: no checkpoint yet, starting at step 0")
+        run.rewind(state.step)
+
+        def evaluation() -> dict[str, Any]:
+            return evaluate(model, held, objective, tokens=config.train.tokens)
+
+        if state.step == 0:
+            if held:
+                run.log({"step": 0} | evaluation() | {"time": time.time()})
+            if config.samples and held:
+                run.samples(sample_rows(model, tokenizer, held[: config.samples], "before", 0))
+        fifth = max(1, prepared.steps // 5)
+        batches = stream(
+            groups,
+            objective.collate,
+            batch=config.batch,
+            tokens=config.train.tokens,
+            seed=config.seed,
+            epochs=config.epochs,
+            steps=config.steps,
+            start=state.step,
+            rank=ranks.data_rank,
+            size=ranks.data_size,
+        )
+        with (panel or _no_panel)(prepared.steps) as shown:
+            fit(
+                state,
+                batches,
+                objective,
+                run,
+                ranks=ranks,
+                evaluate=evaluation if held else None,
+                eval_every=config.eval_every or fifth,
+                save_every=config.save_every or fifth,
+                keep=config.train.keep,
+                better=better,
+                inspect=inspect if state.step == 0 else None,
+                show=lambda line: shown(line) if line["step"] % config.log_every == 0 or "loss" not in line else None,
+            )
+        if not ranks.first:
+            return {}
+        if config.samples and held:
+            run.samples(sample_rows(model, tokenizer, held[: config.samples], "after", state.step))
+        if not (run.path / "model").exists():
+            save(model, tokenizer, run.path / "model")
+        evals = [line for line in run.metrics() if "eval/loss" in line]
+        before, after = (evals[0], evals[-1]) if evals else ({}, {})
+        is_better, sentence = verdict(before, after)
+        say(sentence)
+        result = {
+            "out": str(run.path),
+            "model": str(run.path / "model"),
+            "steps": state.step,
+            "better": is_better,
+            "verdict": sentence,
+            "before": _evals(before),
+            "after": _evals(after),
+            "data": rows.counts,
+            **facts,
+        }
+        run.finish(result)
+    if config.require_better:
+        require(is_better, sentence)
+    return result
+
+
+def _evals(line: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in line.items() if key.startswith("eval/")}
+
+
+@contextmanager
+def _no_panel(total: int):
+    yield lambda line: None
+
+
+def sample_rows(model, tokenizer, groups, name: str, step: int) -> list[dict[str, Any]]:
+    """Completions of the groups' prompts as the model gives them now (temperature 0.7, fixed seed): rows for samples.jsonl."""
+    from palate.data.tokens import end_tokens
+    from palate.sampling.generate import generate
+
+    prompts = [group.prompt for group in groups]
+    made = generate(model, tokenizer, prompts, max_tokens=64, temperature=0.7, seed=0, end_ids=end_tokens(tokenizer))
+    return [
+        {
+            "prompt": tokenizer.decode(prompts[sample.prompt].tolist()),
+            name: tokenizer.decode(sample.ids.tolist()),
+            "logp": sample.logp,
+            "tokens": len(sample.ids),
+            "finished": sample.finished,
+            "step": step,
+        }
+        for sample in made
+    ]

@@ -1,0 +1,92 @@
+"""fit(): the loop with a run folder around it: log, evaluate, save, stop cleanly, go on exactly where it stopped."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from palate.data.stream import StepBatch
+from palate.distributed import Ranks
+from palate.errors import Interrupted
+from palate.run import Run
+from palate.train import checkpoint
+from palate.train.loop import TrainState, steps
+from palate.train.objectives import Objective, Outcome
+
+Evaluate = Callable[[], dict[str, Any]]
+
+
+def fit(
+    state: TrainState,
+    batches: Iterable[StepBatch],
+    objective: Objective,
+    run: Run,
+    *,
+    ranks: Ranks | None = None,
+    evaluate: Evaluate | None = None,
+    eval_every: int | None = None,
+    save_every: int | None = None,
+    keep: int = 2,
+    better: str | None = None,
+    inspect: Callable[[int, list[Outcome]], None] | None = None,
+    show: Callable[[dict[str, Any]], None] | None = None,
+) -> None:
+    """Trains to the end of `batches`, or to the first signal: then saves and raises Interrupted.
+
+    Every step is logged; evaluations and checkpoints follow it in this order, also after the last step, so that a run
+    resumed from a checkpoint has every line it should have and none twice.
+    better: the evaluation's key (higher is better) whose best checkpoint is kept beside the last `keep`.
+    show: called with every logged line.
+    """
+    ranks = ranks or Ranks.single()
+    last = state.total_steps
+    with _signals() as asked:
+        for step in steps(state, batches, objective, ranks, inspect=inspect):
+            _log(run, step.as_dict(), ranks, show)
+            final = step.number == last
+            if evaluate is not None and (final or (eval_every and step.number % eval_every == 0)):
+                found = evaluate()
+                _log(run, {"step": step.number} | found, ranks, show)
+                value = found.get(better) if better else None
+                if value is not None and (state.best is None or value > state.best["value"]):
+                    state.best = {"step": step.number, "value": value}
+            if final or asked or (save_every and step.number % save_every == 0):
+                if ranks.first:
+                    checkpoint.save(state, run.checkpoints, keep=keep)
+            if asked and not final:
+                raise Interrupted(
+                    f"stopped by {asked[0]} after step {step.number}, which is saved",
+                    next=f"palate {run.verb} --resume --out {run.path}",
+                )
+
+
+def _log(run: Run, line: dict[str, Any], ranks: Ranks, show) -> None:
+    if ranks.first:
+        run.log(line | {"time": time.time()})
+        if show is not None:
+            show(line)
+
+
+@contextmanager
+def _signals() -> Iterator[list[str]]:
+    """A list that holds the name of the first SIGINT or SIGTERM; the second one acts at once."""
+    asked: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def note(number, frame):
+        asked.append(signal.Signals(number).name)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    for kind in before:
+        signal.signal(kind, note)
+    try:
+        yield asked
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)

@@ -1,0 +1,161 @@
+"""The only loop: steps() turns batches into optimizer updates, one Step at a time; what would be a callback is your body.
+
+fit() in `palate.train.fit` adds logging, evaluation, checkpoints and signals on top of it.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from palate.data.stream import StepBatch
+from palate.distributed import Ranks
+from palate.errors import NotFiniteError
+from palate.tally import Tally
+from palate.train.objectives import Objective, Outcome
+from palate.train.optim import OptimConfig, build_optimizer, learning_rate
+
+
+@dataclass
+class TrainState:
+    """All that a resumed run needs; what is not here is not resumed. Training spends no random state.
+
+    step: updates done. cursor: where the data stands after them. total_steps: the schedule's length, if known.
+    """
+
+    models: dict[str, nn.Module]
+    optimizers: dict[str, torch.optim.Optimizer]
+    optim: OptimConfig
+    total_steps: int | None = None
+    step: int = 0
+    cursor: dict[str, int] = field(default_factory=dict)
+    best: dict[str, Any] | None = None
+
+    @classmethod
+    def fresh(cls, policy: nn.Module, optim: OptimConfig | None = None, total_steps: int | None = None) -> "TrainState":
+        """A state at step 0. The policy is put in evaluation mode: dropout would tell policy and reference apart."""
+        optim = optim or OptimConfig()
+        policy.eval()
+        return cls({"policy": policy}, {"policy": build_optimizer(policy, optim)}, optim, total_steps)
+
+    @property
+    def model(self) -> nn.Module:
+        """The policy."""
+        return self.models["policy"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer update. loss is the whole batch's, before the update; grad_norm is before clipping."""
+
+    number: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: int
+    seconds: float
+    metrics: dict[str, float]
+    rows: tuple[int, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The line of metrics.jsonl."""
+        return {
+            "step": self.number,
+            "loss": self.loss,
+            "grad_norm": self.grad_norm,
+            "learning_rate": self.learning_rate,
+            **self.metrics,
+            "tokens": self.tokens,
+            "tokens_per_second": self.tokens / self.seconds if self.seconds else 0.0,
+            "seconds": self.seconds,
+        }
+
+
+def steps(
+    state: TrainState,
+    batches: Iterable[StepBatch],
+    objective: Objective,
+    ranks: Ranks | None = None,
+    *,
+    inspect: Callable[[int, list[Outcome]], None] | None = None,
+) -> Iterator[Step]:
+    """One Step per element of `batches`: forward and backward of every micro-batch, clip, update.
+
+    Each micro-batch's loss is divided by the whole step's units, known before the first forward.
+    inspect: called with (step number, outcomes) before the update; it may raise.
+    Raises NotFiniteError, before the update, naming the step's rows.
+    """
+    ranks = ranks or Ranks.single()
+    model, optimizer = state.model, state.optimizers["policy"]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for batch in batches:
+        started = time.perf_counter()
+        number = state.step + 1
+        micro = [part.to(model.device) for part in batch]
+        context = objective.prepare(model, micro, ranks)
+        outcomes = []
+        for part in micro:
+            outcome = objective(model, part, context)
+            (outcome.loss.total / batch.units).backward()
+            outcomes.append(outcome)
+        ranks.sum_gradients(trainable)
+        norm = float(nn.utils.clip_grad_norm_(trainable, state.optim.clip_norm, foreach=True))
+        loss, metrics = _reduce(outcomes, ranks)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            optimizer.zero_grad()
+            raise _not_finite(number, outcomes, loss, norm)
+        if inspect is not None:
+            inspect(number, outcomes)
+        rate = learning_rate(state.optim, number, state.total_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        state.step, state.cursor = number, dict(batch.cursor)
+        tokens = sum(ranks.gather(sum(_tokens(part) for part in micro)))
+        yield Step(number, loss, norm, rate, tokens, time.perf_counter() - started, metrics, batch.rows)
+
+
+def _reduce(outcomes: list[Outcome], ranks: Ranks) -> tuple[float, dict[str, float]]:
+    """The whole step's loss and metrics: totals and counts over micro-batches and ranks, divided once."""
+    loss = Tally()
+    metrics: dict[str, Tally] = {}
+    for outcome in outcomes:
+        loss = loss + Tally(outcome.loss.total.detach(), outcome.loss.count)
+        for name, tally in outcome.metrics.items():
+            metrics[name] = metrics.get(name, Tally()) + tally
+    shares = ranks.gather(({k: (float(t.total), t.count) for k, t in metrics.items()}, (float(loss.total), loss.count)))
+    if len(shares) > 1:
+        metrics = {}
+        for share, _ in shares:
+            for name, (total, count) in share.items():
+                metrics[name] = metrics.get(name, Tally()) + Tally(total, count)
+        loss = Tally(sum(total for _, (total, _) in shares), sum(count for _, (_, count) in shares))
+    return loss.mean, {name: tally.mean for name, tally in metrics.items()}
+
+
+def _not_finite(number: int, outcomes: list[Outcome], loss: float, norm: float) -> NotFiniteError:
+    bad = [
+        str(outcome.sources[i]) if i < len(outcome.sources) and outcome.sources[i] is not None else f"unit {i}"
+        for outcome in outcomes
+        for i in torch.nonzero(~torch.isfinite(outcome.row_losses)).flatten().tolist()
+    ]
+    rows = [str(source) for outcome in outcomes for source in outcome.sources]
+    named = bad or rows
+    where = "the rows whose loss is not finite: " if bad else "the step's rows: "
+    return NotFiniteError(
+        f"step {number}: loss {loss}, gradient norm {norm}; nothing was updated. {where}"
+        f"{', '.join(named[:10])}{f' and {len(named) - 10} more' if len(named) > 10 else ''}",
+        code="E601",
+        next="look at these rows, lower --lr, or train in --precision float32",
+    )
+
+
+def _tokens(part: Any) -> int:
+    """Stream tokens that a micro-batch runs through the model."""
+    batches = [part] if hasattr(part, "tokens") else [part.batch, getattr(part, "mismatched", None)]
+    return sum(len(batch.tokens) for batch in batches if batch is not None)

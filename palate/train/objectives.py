@@ -1,0 +1,285 @@
+"""Objectives: (model, batch) -> a loss with its count, and the numbers people watch. They bind a loss to a forward pass.
+
+A loss is summed here and divided by the whole step's units in the loop, so the cut into micro-batches and ranks moves
+no number.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from palate import losses
+from palate.data.batch import (
+    FeedbackBatch,
+    PairBatch,
+    RankedBatch,
+    TokenBatch,
+    collate_feedback,
+    collate_pairs,
+    collate_rankings,
+)
+from palate.data.batch import collate as collate_tokens
+from palate.distributed import Ranks
+from palate.losses import FeedbackLogps, PairLogps, RankedLogps
+from palate.scoring import Numerics, logps
+from palate.tally import Tally
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one micro-batch gave.
+
+    loss: total (scalar, differentiable) over `count` units. metrics: detached tallies by their public names.
+    row_losses: per unit, for naming rows. log_ratio: (S,) policy minus reference of every completion, nats, for the
+    check at the start, and length: (S,) their scored tokens. start_losses: per unit, the loss if the policy were the
+    reference, where there is one.
+    """
+
+    loss: Tally
+    metrics: dict[str, Tally]
+    row_losses: Tensor
+    log_ratio: Tensor | None = None
+    length: Tensor | None = None
+    start_losses: Tensor | None = None
+    sources: tuple[Any, ...] = ()
+
+
+class Objective(Protocol):
+    """What the loop calls. `prepare` sees the whole step first; its result is handed to every micro-batch."""
+
+    name: str
+    collate: Callable[[Sequence[Any]], Any]
+    reference: bool
+
+    def prepare(self, model: nn.Module, micro: Sequence[Any], ranks: Ranks) -> Any: ...
+
+    def __call__(self, model: nn.Module, batch: Any, context: Any = None) -> Outcome: ...
+
+
+@dataclass(frozen=True)
+class _Loss:
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    numerics: Numerics = Numerics()
+
+    @property
+    def reference(self) -> bool:
+        """Whether the loss reads a reference column."""
+        return losses.info(self.name).reference
+
+    @property
+    def at_start(self) -> float | None:
+        """The loss where policy equals reference, in closed form; None where it has none."""
+        closed = losses.info(self.name).at_start
+        return None if closed is None else closed(self.options)
+
+    def prepare(self, model, micro, ranks):
+        """Nothing: this loss needs no view of the whole step."""
+        return None
+
+    def _reference(self, batch) -> Tensor | None:
+        if self.reference and batch.reference is None:
+            raise ValueError(f'loss "{self.name}" needs reference log-probs: pass the groups through annotate() first')
+        return batch.reference if self.reference else None
+
+    def _start(self, columns) -> Tensor | None:
+        return losses.start_values(self.name, columns, **self.options).detach() if self.reference else None
+
+    def _rewards(self, total: Tensor, reference: Tensor | None, length: Tensor) -> Tensor:
+        """Implicit rewards: beta times the log-ratio (the log-prob without a reference), per token where the loss is."""
+        values = total if reference is None else total - reference
+        if losses.is_normalised(self.name, self.options):
+            values = values / length
+        return losses.reward_scale(self.name, self.options) * values
+
+
+@dataclass(frozen=True)
+class Pairwise(_Loss):
+    """The DPO family on pairs."""
+
+    collate = staticmethod(collate_pairs)
+
+    def __call__(self, model, batch: PairBatch, context=None) -> Outcome:
+        """Summed loss over the batch's pairs, and rewards, margins, accuracies, log-probs."""
+        scored = logps(model, batch.batch, numerics=self.numerics)
+        reference = self._reference(batch)
+        better, worse = batch.chosen, batch.rejected
+        columns = PairLogps(
+            chosen=scored.total[better],
+            rejected=scored.total[worse],
+            reference_chosen=None if reference is None else reference[better],
+            reference_rejected=None if reference is None else reference[worse],
+            chosen_length=scored.length[better],
+            rejected_length=scored.length[worse],
+        )
+        values = losses.LOSSES[self.name](columns, **self.options)
+        total = scored.total.detach()
+        return Outcome(
+            loss=Tally(values.sum(), batch.units),
+            metrics=pair_metrics(total, scored.length, better, worse, batch.reference, self._rewards),
+            row_losses=values.detach(),
+            log_ratio=None if reference is None else total - reference,
+            length=scored.length,
+            start_losses=self._start(columns),
+            sources=tuple(batch.batch.sources[i] for i in better.tolist()),
+        )
+
+
+@dataclass(frozen=True)
+class Ranked(_Loss):
+    """Plackett-Luce on ranked lists."""
+
+    collate = staticmethod(collate_rankings)
+
+    def __call__(self, model, batch: RankedBatch, context=None) -> Outcome:
+        """Summed loss over lists; rewards and accuracy of the best against the worst of each list."""
+        scored = logps(model, batch.batch, numerics=self.numerics)
+        reference = self._reference(batch)
+        columns = [
+            RankedLogps(scored.total[order], None if reference is None else reference[order], scored.length[order])
+            for order in batch.orders
+        ]
+        values = torch.cat([losses.LOSSES[self.name](lists, **self.options) for lists in columns])
+        best, worst = (torch.cat([order[:, end] for order in batch.orders]) for end in (0, -1))
+        total = scored.total.detach()
+        return Outcome(
+            loss=Tally(values.sum(), batch.units),
+            metrics=pair_metrics(total, scored.length, best, worst, batch.reference, self._rewards),
+            row_losses=values.detach(),
+            log_ratio=None if reference is None else total - reference,
+            length=scored.length,
+            start_losses=torch.cat([self._start(lists) for lists in columns]) if self.reference else None,
+            sources=tuple(batch.batch.sources[i] for i in best.tolist()),
+        )
+
+
+@dataclass(frozen=True)
+class SingleFeedback(_Loss):
+    """The KTO family on single judgements. The reference point is estimated over the whole step and all ranks."""
+
+    collate = staticmethod(collate_feedback)
+
+    def prepare(self, model, micro: Sequence[FeedbackBatch], ranks: Ranks) -> tuple[Tensor, Tensor]:
+        """(policy, reference) log-probs of every mismatched completion of the step, without gradient: (M,) each."""
+        with torch.no_grad():
+            policy = [logps(model, batch.mismatched, numerics=self.numerics).total for batch in micro]
+        columns = [batch.reference_mismatched for batch in micro]
+        if any(column is None for column in columns):
+            raise ValueError(f'loss "{self.name}" needs reference log-probs: pass the groups through annotate() first')
+        empty = torch.zeros(0, dtype=torch.float64)
+        share = (torch.cat(policy).cpu(), torch.cat(columns).cpu()) if micro else (empty, empty)
+        shares = ranks.gather(share)
+        return tuple(torch.cat(part) for part in zip(*shares, strict=True))
+
+    def __call__(self, model, batch: FeedbackBatch, context=None) -> Outcome:
+        """Summed loss over judgements; rewards of the wanted and of the unwanted completions."""
+        mismatched, reference_mismatched = self.prepare(model, [batch], Ranks()) if context is None else context
+        scored = logps(model, batch.batch, numerics=self.numerics)
+        reference, device = self._reference(batch), scored.total.device
+        columns = FeedbackLogps(
+            completion=scored.total,
+            reference=reference,
+            label=batch.label,
+            length=scored.length,
+            mismatched=mismatched.to(device),
+            reference_mismatched=reference_mismatched.to(device),
+        )
+        values = losses.LOSSES[self.name](columns, **self.options)
+        total = scored.total.detach()
+        rewards = self._rewards(total, reference, scored.length)
+        wanted = batch.label
+        metrics = {
+            "rewards/chosen": _tally(rewards[wanted]),
+            "rewards/rejected": _tally(rewards[~wanted]),
+            "logps/chosen": _tally(total[wanted]),
+            "logps/rejected": _tally(total[~wanted]),
+            "kl": Tally(float((mismatched - reference_mismatched).mean().clamp(min=0)), 1),
+        }
+        return Outcome(
+            loss=Tally(values.sum(), batch.units),
+            metrics=metrics,
+            row_losses=values.detach(),
+            log_ratio=None if reference is None else total - reference,
+            length=scored.length,
+            start_losses=self._start(columns),
+            sources=batch.batch.sources,
+        )
+
+
+@dataclass(frozen=True)
+class Imitation(_Loss):
+    """Supervised fine-tuning: negative log-likelihood, a mean over the scored tokens of the whole step."""
+
+    collate = staticmethod(collate_tokens)
+
+    def __call__(self, model, batch: TokenBatch, context=None) -> Outcome:
+        """Summed negative log-likelihood over completion tokens."""
+        scored = logps(model, batch, numerics=self.numerics)
+        values = losses.LOSSES[self.name](losses.DemonstrationLogps(scored.total, scored.length), **self.options)
+        detached = values.detach()
+        return Outcome(
+            loss=Tally(values.sum(), batch.units),
+            metrics={"logps/chosen": _tally(scored.total.detach()), "length/chosen": _tally(scored.length)},
+            row_losses=detached,
+            sources=batch.sources,
+        )
+
+
+def objective(
+    name: str, numerics: "Numerics | None" = None, **options
+) -> Pairwise | Ranked | SingleFeedback | Imitation:
+    """The objective of a registered loss. Raises ValueError for an unknown loss or option, naming what there is."""
+    kinds = {"pairwise": Pairwise, "ranked": Ranked, "feedback": SingleFeedback, "demonstration": Imitation}
+    options = losses.check_options(name, options)
+    return kinds[losses.info(name).kind](name, options, numerics or Numerics())
+
+
+def pairwise(name: str = "dpo", numerics: "Numerics | None" = None, **options) -> Pairwise:
+    """An objective of the DPO family: `pairwise("dpo", beta=0.1)`."""
+    return objective(name, numerics, **options)
+
+
+def feedback(name: str = "kto", numerics: "Numerics | None" = None, **options) -> SingleFeedback:
+    """An objective on single feedback: `feedback("kto", beta=0.1)`."""
+    return objective(name, numerics, **options)
+
+
+def ranked(name: str = "plackett_luce", numerics: "Numerics | None" = None, **options) -> Ranked:
+    """An objective on ranked lists."""
+    return objective(name, numerics, **options)
+
+
+def completion_nll(numerics: "Numerics | None" = None) -> Imitation:
+    """Supervised fine-tuning on completion tokens."""
+    return objective("completion_nll", numerics)
+
+
+def pair_metrics(total, length, better, worse, reference, rewards) -> dict[str, Tally]:
+    """Tallies of a batch of pairs under their public names; a tie in margin is not accurate, and has its own share.
+
+    total, length: (S,). better, worse: (P,) indices. reference: (S,) or None. rewards: (total, reference, length) -> (S,).
+    """
+    values = rewards(total, reference, length)
+    margin = values[better] - values[worse]
+    metrics = {
+        "rewards/chosen": _tally(values[better]),
+        "rewards/rejected": _tally(values[worse]),
+        "rewards/margins": _tally(margin),
+        "rewards/accuracies": _tally(margin > 0),
+        "rewards/ties": _tally(margin == 0),
+        "logps/chosen": _tally(total[better]),
+        "logps/rejected": _tally(total[worse]),
+        "logps/accuracies": _tally(total[better] > total[worse]),
+        "length/chosen": _tally(length[better]),
+        "length/rejected": _tally(length[worse]),
+    }
+    if reference is not None:
+        metrics["displaced"] = _tally(total[better] < reference[better])
+    return metrics
+
+
+def _tally(values: Tensor) -> Tally:
+    return Tally(values.sum().double() if values.device.type != "mps" else values.cpu().double().sum(), values.numel())

@@ -1,0 +1,87 @@
+"""The check at the start: where the reference is the starting policy, step 0 has a closed form. It is cheap and sharp.
+
+Most silent bugs of preference training (another template, dropout, a stale or wrong reference, another dtype) show here,
+before a single weight has moved.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+
+from palate import losses
+from palate.errors import ModelError
+from palate.losses import PairLogps
+from palate.train.objectives import Objective, Outcome
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}  # nats a token
+
+
+@dataclass(frozen=True)
+class StartReport:
+    """largest: the largest |log-ratio| a token, nats. loss: of the first step. closed_form: its value at zero."""
+
+    largest: float
+    loss: float
+    closed_form: float | None
+
+    def __str__(self) -> str:
+        text = f"start: loss {self.loss:.6f}"
+        if self.closed_form is not None:
+            text += f" (closed form {self.closed_form:.6f})"
+        return f"{text}, largest log-ratio {self.largest:.1g} nats a token"
+
+
+def start_report(outcomes: Sequence[Outcome], objective: Objective) -> StartReport:
+    """What the first step saw before its update."""
+    rows = torch.cat([outcome.row_losses for outcome in outcomes])
+    starts = [outcome.start_losses for outcome in outcomes if outcome.start_losses is not None]
+    ratios = [(o.log_ratio.abs() / o.length.clamp(min=1)).max() for o in outcomes if o.log_ratio is not None]
+    closed = float(torch.cat(starts).mean()) if starts else None
+    return StartReport(float(max(ratios, default=0.0)), float(rows.mean()), closed)
+
+
+def check_start(outcomes: Sequence[Outcome], objective: Objective, suspects) -> StartReport:
+    """The report, if the policy is where the reference is and the loss at its closed form.
+
+    suspects: called on failure, returns which of weights, dtype, template or dropout differs.
+    Raises ModelError otherwise: training on would optimise against another reference than the user named.
+    """
+    report = start_report(outcomes, objective)
+    allowed = TOLERANCE[objective.numerics.precision]
+    if report.largest > allowed:
+        raise ModelError(
+            f"at step 0 policy and reference differ by {report.largest:.2g} nats a token (allowed: {allowed:g}), "
+            f"although the reference is the start; what differs: {suspects()}",
+            code="E602",
+            next="run again with a fresh $PALATE_CACHE, or name the reference with --reference",
+        )
+    if report.closed_form is not None:
+        known = objective.at_start
+        if known is not None and abs(report.closed_form - known) > 1e-9:
+            raise ModelError(f'loss "{objective.name}" is {report.closed_form} where its closed form is {known}')
+        slack = 1e-6 + _reach(outcomes, objective)
+        if abs(report.loss - report.closed_form) > slack:
+            raise ModelError(
+                f'at step 0 loss "{objective.name}" is {report.loss:.6f}, its closed form {report.closed_form:.6f} '
+                f"(allowed difference {slack:.1g}); what differs: {suspects()}",
+                code="E602",
+                next="report this: the loss or its inputs are wrong",
+            )
+    return report
+
+
+def _reach(outcomes: Sequence[Outcome], objective: Objective) -> float:
+    """How far the log-ratios that were seen can move the loss from its closed form: its largest value on their corners."""
+    farthest = max((float(o.log_ratio.abs().max()) for o in outcomes if o.log_ratio is not None), default=0.0)
+    if farthest == 0.0 or losses.info(objective.name).kind != "pairwise":
+        return 4 * farthest
+    zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    corners = [
+        PairLogps(zero + better * farthest, zero + worse * farthest, zero, zero, one, one)
+        for better, worse in product((-1, 1), repeat=2)
+    ]
+    rest = losses.LOSSES[objective.name](PairLogps(zero, zero, zero, zero, one, one), **objective.options)
+    moved = [losses.LOSSES[objective.name](corner, **objective.options) - rest for corner in corners]
+    return max(abs(float(difference)) for difference in moved)
