@@ -387,7 +387,7 @@ def _system(view: View) -> str:
 
 
 def _history(view: View) -> list[tuple[str, str]]:
-    if not view._there("history") or view.untyped and not view.row[view.name("history")]:
+    if not view._there("history") or (view.untyped and not view.row[view.name("history")]):
         return []
     turns, name = view.list("history"), shown(view.name("history"))
     if len(turns) > MAX_TURNS:

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-from ..errors import DataError
-from .records import Demonstration, Feedback, PreferencePair, Prompt, Ranking, Record, Records, Text
-from .sources import read_any
+from palate.data.records import Demonstration, Feedback, PreferencePair, Prompt, Ranking, Record, Records, Text
+from palate.data.sources import read_any
+from palate.errors import DataError
 
 EXAMPLES = 3
 _REPEATED_CHARACTERS = 20

@@ -163,7 +163,7 @@ class Rows:
         path = self.path
         odd = [c for c in path if unicodedata.category(c) in ("Cc", "Cs")]
         if odd or len(os.fsencode(path) if not odd else path) > 4096 or max(map(len, path.split("/"))) > 255:
-            what = f"a name with {ascii(odd[0])}" if odd else f"a name of {len(path)} characters"
+            what = f"a name with {odd[0]!a}" if odd else f"a name of {len(path)} characters"
             raise self._refused("E119", f"{what} cannot be used", "rename the file")
         try:
             state = os.stat(path)
@@ -328,7 +328,7 @@ class Rows:
             raise self._refused("E104", "no rows: the file is blank", "check the step that exported the file")
         line = 1 + text.count("\n", 0, position)
         if text[position] != "[":
-            what = f"not a JSON array: it begins with {ascii(text[position])}"
+            what = f"not a JSON array: it begins with {text[position]!a}"
             raise self._refused("E113", what, "rename it after what it holds or give --format", line)
         counted, position = position, position + 1
         while True:
@@ -552,9 +552,7 @@ def _key_offsets(text: str, key: str) -> list[int]:
     last: re.Match | None = None
     for token in _TOKEN.finditer(text):
         mark = token.group()
-        if mark == "{":
-            seen.append({})
-        elif mark == "[":
+        if mark == "{" or mark == "[":
             seen.append({})
         elif mark in "]}" and seen:
             seen.pop()

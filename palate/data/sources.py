@@ -25,7 +25,7 @@ from palate.data.records import (
     Source,
     Warned,
 )
-from palate.data.rows import FORMATS, RowError, Rows, as_json, shown
+from palate.data.rows import FORMATS, Row, RowError, Rows, as_json, shown
 from palate.errors import DataError, NotThereError, UsageError
 
 SHOWN_ROWS = 20
