@@ -105,10 +105,7 @@ def log_odds(mean: Tensor) -> Tensor:
     gradient stops, so that value and gradient stay finite.
     """
     mean = mean.clamp(max=-torch.finfo(mean.dtype).eps)
-    near_one = mean > -math.log(2)  # two forms of log(1 - p), each exact on its side; both arms get safe inputs
-    close = torch.where(near_one, mean, -1.0)
-    far = torch.where(near_one, -1.0, mean)
-    return mean - torch.where(near_one, torch.log(-torch.expm1(close)), torch.log1p(-torch.exp(far)))
+    return mean - torch.log(-torch.expm1(mean))
 
 
 def _log_two(options) -> float:
@@ -242,7 +239,7 @@ def cpo(logps: PairLogps, *, beta: float = 0.1, alpha: float = 1.0) -> Tensor:
 def dpop(logps: PairLogps, *, beta: float = 0.3, lam: float = 50.0) -> Tensor:
     """DPO-positive loss of each pair: shape (P,), nats. DPO that also charges for a falling chosen log-prob.
 
-    beta: pull towards the reference, > 0. lam: weight of the charge, >= 0; it acts where the chosen log-ratio is below 0.
+    beta: pull towards the reference, > 0. lam: weight of the charge, >= 0; felt where the chosen log-ratio is below 0.
     Source: Pal et al. 2024 (Smaug), arXiv:2402.13228, eq. 3.
     """
     fall = relu(-logps.chosen_log_ratio)  # not clamp: at the start the gradient is DPO's

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from decimal import Decimal
 
 import torch
+
 from oracles import (
     cdpo,
     cpo,
@@ -22,7 +23,6 @@ from oracles import (
     tulu3,
 )
 from oracles.numbers import Pair, slope
-
 from palate.losses import DemonstrationLogps, FeedbackLogps, PairLogps, RankedLogps, info
 
 PAIRWISE = {

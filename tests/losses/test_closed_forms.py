@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from loss_cases import PAIRWISE, draw
 from oracles import dpo as oracle_dpo
 from oracles.numbers import Pair
-
 from palate.losses import LOSSES, FeedbackLogps, PairLogps, RankedLogps, dpo, info, ipo, kto, plackett_luce, r_dpo
 
 K = 6
@@ -28,7 +28,7 @@ def world(seed: int):
 
 
 def minimise(objective, start):
-    """The minimiser of a smooth convex function of logits, by LBFGS in float64; returns log-probs and the least value."""
+    """Log-probs at the minimum of a smooth convex function of them, and the least value: LBFGS in float64."""
     logits = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [logits],

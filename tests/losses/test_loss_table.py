@@ -8,8 +8,8 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from loss_cases import PAIRWISE, TRAINED, draw, draw_options, frozen_columns, tensors
 
+from loss_cases import PAIRWISE, TRAINED, draw, draw_options, frozen_columns, tensors
 from palate.losses import (
     LOSSES,
     DemonstrationLogps,

@@ -27,7 +27,7 @@ pytestmark = [
 ]
 
 DIFFERENCES = {  # as read in TRL 1.16.0; the tests below measure the first three
-    "dpo(label_smoothing)": "loss_type sigmoid ignores label_smoothing; TRL's own loss stays plain DPO, palate's is cDPO",
+    "dpo(label_smoothing)": "loss_type sigmoid ignores label_smoothing: TRL's loss stays plain DPO, palate's is cDPO",
     "cpo(alpha)": "the NLL term is averaged over the batch's chosen tokens, palate sums it per pair as the paper does; "
     "compared at alpha 0, and the NLL as sum over tokens",
     "orpo": "the NLL term runs over prompt and completion and is a mean over the batch's tokens, palate's is over the "

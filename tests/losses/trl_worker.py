@@ -1,8 +1,8 @@
 """Runs in a process of its own: TRL's losses and gradients for the jobs in a folder. Usage: trl_worker.py FOLDER.
 
-FOLDER holds `policy/` and `reference/` (models), `rows.json` (token ids) and `jobs.json` (a name, a trainer, its config).
-Written: `results.safetensors`, `NAME/loss` and `NAME/gradient/PARAMETER`, and `versions.json`. The rows reach the trainer
-as ids, behind its own tokenisation, so that both sides see the same tokens.
+FOLDER holds `policy/` and `reference/` (models), `rows.json` (token ids) and `jobs.json` (name, trainer, config).
+Written: `results.safetensors` with `NAME/loss` and `NAME/gradient/PARAMETER`, and `versions.json`. The rows reach the
+trainer as ids, behind its own tokenisation, so that both sides see the same tokens.
 """
 
 import json

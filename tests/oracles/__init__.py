@@ -1,1 +1,1 @@
-"""Slow, obvious losses in plain Python, each written from its paper in 120-digit decimals. They import nothing of palate."""
+"""Slow, obvious losses in plain Python, written from their papers in 120-digit decimals; nothing of palate is imported."""
