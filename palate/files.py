@@ -14,12 +14,12 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from .errors import CheckpointError, MachineError, NotThereError, UsageError
+from palate.errors import CheckpointError, MachineError, NotThereError, UsageError
 
 try:
     import fcntl
@@ -118,6 +118,11 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
     _write(Path(path), [_json_bytes(content, indent=2)])
 
 
+def write_json_lines(path: str | os.PathLike, rows: Iterable[Any]) -> None:
+    """Replaces `path` by one line of strict JSON per row."""
+    _write(Path(path), [_json_bytes(row) for row in rows])
+
+
 def append_json(path: str | os.PathLike, content: Any) -> None:
     """Adds `content` as one line of strict JSON. Where that fails (MachineError), no half line is left behind."""
     path, data = Path(path), _json_bytes(content)
@@ -133,6 +138,23 @@ def append_json(path: str | os.PathLike, content: Any) -> None:
                 raise
         finally:
             os.close(fd)
+
+
+def json_line(content: Any) -> bytes:
+    """The line that `append_json` would write."""
+    return _json_bytes(content)
+
+
+def sync_file(path: str | os.PathLike) -> None:
+    """Brings a file and its name to the disk; nothing where there is none."""
+    path = Path(path)
+    with machine_errors(path), contextlib.suppress(FileNotFoundError):
+        fd = operations.open(path, os.O_RDWR)
+        try:
+            operations.fsync(fd)
+        finally:
+            os.close(fd)
+        operations.fsync_dir(path.parent)
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -272,6 +294,14 @@ def load_tensors(path: str | os.PathLike, *, framework: str = "pt") -> dict[str,
         raise _machine_error(error, path, "read") from error
 
 
+def tensor_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The strings in the header of a safetensors file."""
+    import safetensors
+
+    with safetensors.safe_open(os.fspath(path), framework="np") as file:
+        return file.metadata() or {}
+
+
 def _kind(name: str, tensor: Any) -> tuple[str, int, tuple[int, ...]]:
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in _DTYPES:
@@ -391,7 +421,7 @@ def remove_tree(path: str | os.PathLike) -> None:
 
 
 def move_aside(path: str | os.PathLike, folder: str | os.PathLike) -> Path:
-    """Where `path` now lies, inside `folder`, under its name or that and a number: nothing is deleted or written over."""
+    """Where `path` now lies inside `folder`: under its name, or that and a number. Nothing is written over."""
     path, folder = Path(path), Path(folder)
     with machine_errors(path, "moved aside"):
         make_folder(folder)
@@ -451,7 +481,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _manifest_bytes(content: Mapping[str, Any]) -> bytes:
-    """The manifest's file: it carries the SHA-256 of itself without that entry, so that no bit in it can flip unseen."""
+    """The manifest's file: it carries its own SHA-256, taken without that entry, so no bit in it flips unseen."""
     content = {key: value for key, value in _strict(content).items() if key != "sha256"}
     return _json_bytes(content | {"sha256": hashlib.sha256(_json_bytes(content, indent=1)).hexdigest()}, indent=1)
 
@@ -504,7 +534,7 @@ class Owner:
 
 
 class Lock:
-    """One owner of `path` at a time, for as long as this object is open, at most until the process ends, however it ends.
+    """One owner of `path` at a time, until `close` or the end of the process, however it ends.
 
     POSIX lockf: a forked child does not inherit it. Raises MachineError (E503) naming the owner's pid, host and start.
     """
@@ -537,6 +567,25 @@ class Lock:
                 raise
         self._fd = fd
         Lock._mine.add(self._name)
+
+    @classmethod
+    def held(cls, path: str | os.PathLike) -> bool:
+        """Whether a process owns `path` now; False where that cannot be told."""
+        if os.path.realpath(path) in cls._mine:
+            return True
+        if fcntl is None:
+            return False
+        try:
+            fd = os.open(path, os.O_RDWR)
+        except OSError:
+            return False
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        finally:
+            os.close(fd)
+        return False
 
     def close(self) -> None:
         """Frees the lock. The file stays: removing it would let two processes lock two files of one name."""
