@@ -103,7 +103,7 @@ def draw(name: str, rng: random.Random, rows: int) -> Case:
     if kind == "pairwise":
         references = [(draw_logp(rng), draw_logp(rng)) for _ in range(rows)]
         pairs = [
-            (draw_logp(rng, w), draw_logp(rng, l), w, l, rng.randint(1, 60), rng.randint(1, 60)) for w, l in references
+            (draw_logp(rng, a), draw_logp(rng, b), a, b, rng.randint(1, 60), rng.randint(1, 60)) for a, b in references
         ]
 
         def oracle(pair):

@@ -310,9 +310,9 @@ def test_kto_with_one_class_alone_and_with_batches_cut_in_two(one_class):
 def test_uniform_model():
     """On a uniform model a mean log-prob is -log V at any length."""
     vocabulary = 37
-    w, l = torch.tensor([1, 5, 9, 2]), torch.tensor([4, 5, 1, 30])
-    chosen, rejected = (-math.log(vocabulary) * n.double() for n in (w, l))
-    logps = PairLogps(chosen, rejected, chosen.clone(), rejected.clone(), w, l)
+    long, short = torch.tensor([1, 5, 9, 2]), torch.tensor([4, 5, 1, 30])
+    chosen, rejected = (-math.log(vocabulary) * n.double() for n in (long, short))
+    logps = PairLogps(chosen, rejected, chosen.clone(), rejected.clone(), long, short)
     expected = {
         ("simpo", "gamma", 1.5): math.log(1 + math.exp(1.5)),
         ("ln_dpo", "beta", 5.0): math.log(2),

@@ -1,1 +1,1 @@
-"""Slow, obvious losses in plain Python, written from their papers in 120-digit decimals; nothing of palate is imported."""
+"""Slow, obvious losses in plain Python, written from their papers in 120-digit decimals, without palate."""
