@@ -1,1 +1,1 @@
-"""Any causal model of the transformers library: loaded, named by its weights, given adapters. We write none of our own."""
+"""Any causal model of the transformers library: loaded, named by its weights, given adapters. None is our own."""

@@ -75,7 +75,7 @@ def trainable_names(model: nn.Module) -> list[str]:
 def reference_mode(model: nn.Module) -> Iterator[nn.Module]:
     """Within, `model` is what it was before its adapter; afterwards it is as before, gradients' flags included.
 
-    Only an adapted model has a reference inside; ValueError for others, whose policy would stand in for its own reference.
+    Only an adapted model has a reference inside; ValueError for others: the policy would be its own reference.
     """
     if not is_adapted(model):
         raise ValueError("the model has no adapter to switch off: load its reference as a model of its own")

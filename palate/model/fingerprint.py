@@ -24,7 +24,8 @@ _IRRELEVANT = re.compile(
     | (bos | eos | pad | sep | decoder_start)_token_id
     | id2label | label2id | num_labels | finetuning_task | task_specific_params
     | output_(attentions | hidden_states | scores | logits | router_logits)
-    | _?(attn | experts)_implementation(_internal)? | chunk_size_feed_forward | gradient_checkpointing | initializer_range
+    | _?(attn | experts)_implementation(_internal)? | chunk_size_feed_forward | gradient_checkpointing
+    | initializer_range
     | do_sample | num_beams | num_beam_groups | diversity_penalty | length_penalty | repetition_penalty
     | no_repeat_ngram_size | early_stopping | num_return_sequences | max_length | min_length | max_new_tokens
     | .*dropout.* | .*pdrop | .*layerdrop

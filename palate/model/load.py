@@ -1,16 +1,16 @@
 """A name becomes a model and its tokenizer; a trained model becomes a folder that `from_pretrained` reads.
 
-Whoever hands us a folder is not trusted: names, headers and sizes are looked at before transformers sees any of it, pickles
-are never opened, and a local path never touches the network.
+Whoever hands us a folder is not trusted: names, headers and sizes are looked at before transformers sees any of it,
+pickles are never opened, and a local path never touches the network.
 """
 
 import copy
+import hashlib
 import io
 import json
 import logging
 import os
 import re
-import struct
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -19,23 +19,33 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from ..errors import MachineError, ModelError, NotThereError, PalateError, UsageError
-from ..files import new_folder
-from .adapters import is_adapted, merged_copy
-from .fingerprint import base_fingerprint, fingerprint
+from palate.errors import MachineError, ModelError, NotThereError, PalateError, UsageError
+from palate.files import machine_errors, new_folder, verify_folder
+from palate.model.adapters import is_adapted, merged_copy
+from palate.model.checks import (
+    TOKENIZER_FILES,
+    check_folder,
+    check_remote_code,
+    check_safetensors,
+    first_line,
+    read_object,
+    refuse_weights,
+)
+from palate.model.fingerprint import base_fingerprint, fingerprint
+from palate.model.tokenizer import check_same_tokenizer as check_same_tokenizer
+from palate.model.tokenizer import same_tokenizer as same_tokenizer
+from palate.model.tokenizer import tokenizer_difference as tokenizer_difference
+from palate.model.tokenizer import train_tokenizer as train_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 BUILTIN: tuple[str, ...] = ()
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HUB_FILES = [f"*{end}" for end in (".safetensors", ".safetensors.index.json", ".model", ".tiktoken")]
 _HUB_FILES += ["config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json"]
 _HUB_FILES += ["tokenizer*", "vocab*", "merges.txt", "tekken.json", "chat_template*", "adapter_config.json"]
-_DTYPE = re.compile(r"BOOL|BF16|C64|F4|(?:[UI](?:8|16|32|64)|F(?:16|32|64))|F8_E\w+|F6_E\w+")
-_MAX_HEADER = 100_000_000  # what the safetensors format itself allows
 
 
 @dataclass(frozen=True)
@@ -72,11 +82,12 @@ def load(
 
     name: a folder, a run folder (its `model/`), a LoRA adapter's folder (merged into its base), a GGUF file,
         `new:CONFIG.json` (random weights drawn from `seed`), or a Hub id.
-    dtype: "float32", "bfloat16", "float16" or "float64": what the weights are held in. device: "auto" takes what is there.
+    dtype: "float32", "bfloat16", "float16" or "float64": what the weights are held in.
+    device: "cpu", "cuda", "mps" or "auto", which takes what is there.
     trust_remote_code: run Python that comes with the model; needs `revision`, the 40-digit commit that was read.
 
-    Raises ModelError (E401 files missing, E402 pickles, E403 remote code, E404 damaged weights, E405 shard index, E406 not
-    finite, E407 vocabulary, E409 adapter of another base), NotThereError, UsageError, MachineError.
+    Raises ModelError (E401 files missing, E402 pickles, E403 remote code, E404 damaged weights, E405 shard index,
+    E406 not finite, E407 vocabulary, E409 adapter of another base), NotThereError, UsageError, MachineError.
     """
     text, dtype, device = os.fspath(name), _dtype(dtype), _device(device)
     if trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
@@ -93,12 +104,12 @@ def load(
         return _new(text, how)
     path = Path(text).expanduser()
     if path.is_dir():
-        return _from_folder(text, path, how)
+        return _named(_from_folder(text, path, how))
     if path.is_file():
-        return _from_gguf(text, path, how)
+        return _named(_from_gguf(text, path, how))
     if path.is_absolute() or text.startswith((".", "~")) or not _HUB_ID.fullmatch(text) or text.endswith(".gguf"):
         raise NotThereError(f"there is no model at {text!r}", next=_NAMES)
-    return replace(_from_folder(text, _snapshot(text, how), how), name=text)
+    return _named(_from_folder(text, _snapshot(text, how), how), text)
 
 
 _NAMES = "name a model folder, a run folder, a GGUF file, new:CONFIG.json or a Hub id such as owner/name"
@@ -125,10 +136,11 @@ def save(
 ) -> Path:
     """The folder, which now holds what `from_pretrained` reads: safetensors, config, tokenizer, template, card.
 
-    A model with an adapter is written merged, and the adapter alone into `adapter` (default: `adapter` beside `folder`).
+    A model with an adapter is written merged, and the adapter alone into `adapter` (default: beside `folder`).
     The weights keep the dtype they have; tied weights are written once. The folder appears whole or not at all. Before
-    that it is loaded again: its fingerprint must be the model's, and its logits on a probe the same bits (with an
-    adapter: the same up to the rounding of the merge); otherwise ModelError, and nothing is there.
+    that it is loaded again: its weights and logits on a probe must be the same bits (with an adapter, the logits
+    the same up to the rounding of the merge); otherwise ModelError, and nothing is there. A folder that already holds just this
+    stays; another one is not written over (UsageError E313).
 
     card: the text of README.md; without it a short one is written.
     """
@@ -138,9 +150,11 @@ def save(
         _save_adapter(model, Path(adapter) if adapter is not None else folder.with_name("adapter"))
     else:
         plain = model
-    with new_folder(folder) as tmp:
-        tmp = Path(tmp)
-        with quiet(), _savable(plain):
+    content = {"content": _content(plain, tokenizer, card)}
+    if _is_there(folder, content):
+        return folder
+    with new_folder(folder, content) as tmp:
+        with _writing(folder), quiet(), _savable(plain):
             plain.save_pretrained(tmp, max_shard_size="5GB")
             if tokenizer is not None:
                 tokenizer.save_pretrained(tmp)
@@ -178,49 +192,6 @@ def with_tokenizer(loaded: LoadedModel, texts: Iterable[str]) -> LoadedModel:
     return replace(loaded, tokenizer=tokenizer, notes=(*loaded.notes, note))
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int):
-    """A byte-level BPE tokenizer of at most `vocab_size` tokens, learnt from `texts`; any text decodes to itself.
-
-    `<s>` (0) is put in front, `</s>` (1) ends a text, `<pad>` (2) pads. vocab_size: at least 259, one a byte and these.
-    """
-    from tokenizers import (
-        Tokenizer,
-        decoders,
-        models,
-        pre_tokenizers,
-        processors,
-        trainers,
-    )
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<s>", "</s>", "<pad>"]
-    if vocab_size < 256 + len(special):
-        raise ModelError(
-            f"a tokenizer needs at least {256 + len(special)} tokens, the config's vocab_size is {vocab_size}",
-            next="raise vocab_size or put a tokenizer beside the config",
-        )
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator(texts, trainer)
-    core.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", core.token_to_id("<s>"))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        clean_up_tokenization_spaces=False,
-    )
-
-
 def context(model: nn.Module) -> int | None:
     """How many tokens the model takes at once; None where its config names no bound (no learnt or scaled positions)."""
     config = model.config.get_text_config()
@@ -229,68 +200,6 @@ def context(model: nn.Module) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
-
-
-def tokenizer_difference(a, b) -> str | None:
-    """The first thing in which two tokenizers differ, as text; None where they give the same ids."""
-    if a is b:
-        return None
-    ours, theirs = a.get_vocab(), b.get_vocab()
-    if ours != theirs:
-        token, x, y = min(
-            (str(token), ours.get(token), theirs.get(token))
-            for token in ours.keys() | theirs.keys()
-            if ours.get(token) != theirs.get(token)
-        )
-        return f"token {token!r} is {_id(x)} in one and {_id(y)} in the other"
-    for role in ("bos_token_id", "eos_token_id"):
-        if getattr(a, role) != getattr(b, role):
-            return f"{role} is {getattr(a, role)} in one and {getattr(b, role)} in the other"
-    for text in _PROBES:
-        if a(text)["input_ids"] != b(text)["input_ids"]:
-            return f"the text {text!r} gets other ids"
-    x, y = _merges(a), _merges(b)
-    if x != y:
-        return "their merges differ"
-    return None
-
-
-def same_tokenizer(a, b) -> bool:
-    """Whether two tokenizers give the same ids, begin and end tokens included."""
-    return tokenizer_difference(a, b) is None
-
-
-def check_same_tokenizer(policy, reference) -> None:
-    """Raises ModelError (E410) where a reference's tokenizer is not the policy's: their log-probs would not compare."""
-    difference = tokenizer_difference(policy, reference)
-    if difference:
-        raise ModelError(
-            f"the reference's tokenizer is not the policy's: {difference}",
-            code="E410",
-            next="choose a reference with the same tokenizer",
-        )
-
-
-_PROBES = (
-    "",
-    " ",
-    "The quick brown fox, doesn't it?\n\nYes: 3.14159 and 1,000,000!  Two spaces.",
-    " leading and trailing ",
-    "Ünïcödé, 你好，世界, مرحبا, \U0001f642\U0001f3fd, e\u0301",
-    "def f(x):\n\treturn x**2  # tabs\r\n",
-)
-
-
-def _id(value: int | None) -> str:
-    return "absent" if value is None else f"id {value}"
-
-
-def _merges(tokenizer) -> list | None:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return None
-    merges = json.loads(backend.to_str())["model"].get("merges") or []
-    return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
 
 
 @contextmanager
@@ -311,7 +220,14 @@ def quiet() -> Iterator[None]:
             theirs.enable_progress_bar()
 
 
-# --- the kinds of names -------------------------------------------------------------------------------------------------
+def _named(loaded: LoadedModel, name: str | None = None) -> LoadedModel:
+    """What an adapter trained on this model will name as its base: a Hub id, or a path that holds in any folder."""
+    name = name or str(loaded.path.resolve())
+    loaded.model.name_or_path = loaded.model.config._name_or_path = name
+    return loaded
+
+
+# --- the kinds of names ----------------------------------------------------------------------------------------------
 
 
 def _from_folder(text: str, folder: Path, how: _How) -> LoadedModel:
@@ -352,13 +268,13 @@ def _from_gguf(text: str, path: Path, how: _How) -> LoadedModel:
 
 def _from_adapter(text: str, folder: Path, how: _How) -> LoadedModel:
     """The base with the adapter merged in: what then trains or refers is the sum, never the bare base by mistake."""
-    config = _json(folder / "adapter_config.json")
+    config = read_object(folder / "adapter_config.json")
     if config.get("peft_type") != "LORA" or config.get("megatron_config"):
         kind = config.get("peft_type")
         raise ModelError(f"the adapter is of kind {kind!r}; palate reads LoRA", where=str(folder), code="E409")
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
-        _no_weights(folder)
+        refuse_weights(folder)
     check_safetensors(weights)
     base_name = config.get("base_model_name_or_path")
     if not base_name:
@@ -373,7 +289,7 @@ def _from_adapter(text: str, folder: Path, how: _How) -> LoadedModel:
     )
     where = f"adapter {folder}, base {base_name}"
     right = "load it on the base it was trained on"
-    facts = _json(folder / _ADAPTER_FACTS) if (folder / _ADAPTER_FACTS).is_file() else {}
+    facts = read_object(folder / _ADAPTER_FACTS) if (folder / _ADAPTER_FACTS).is_file() else {}
     if facts.get("base_dtype") == _dtype_name(base.model) and facts.get("base_fingerprint") != base.fingerprint:
         raise ModelError(
             "the base's weights are not those the adapter was trained on", where=where, code="E409", next=right
@@ -385,7 +301,7 @@ def _from_adapter(text: str, folder: Path, how: _How) -> LoadedModel:
             adapted = PeftModel.from_pretrained(base.model, folder, use_safetensors=True, local_files_only=True)
     except Exception as error:
         raise ModelError(
-            f"the adapter does not fit its base: {_first_line(error)}", where=where, code="E409", next=right
+            f"the adapter does not fit its base: {first_line(error)}", where=where, code="E409", next=right
         ) from error
     held = {name.replace(".default", "") for name, _ in adapted.named_parameters()}
     for tensor in check_safetensors(weights):
@@ -403,8 +319,8 @@ def _new(text: str, how: _How) -> LoadedModel:
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         raise NotThereError(f"there is no config at {str(path)!r}", where=text, next="name a model's config.json")
-    content = _json(path)
-    _check_remote_code(path, content, how.trust_remote_code)
+    content = read_object(path)
+    check_remote_code(path, content, how.trust_remote_code)
     kind = content.get("model_type")
     if not kind:
         raise ModelError('"model_type" is missing', where=str(path), code="E401", next='for example "llama"')
@@ -420,7 +336,7 @@ def _new(text: str, how: _How) -> LoadedModel:
     _cast(model, how.dtype)
     model = model.to(how.device)
     tokenizer = None
-    if any((path.parent / name).is_file() for name in _TOKENIZER_FILES):
+    if any((path.parent / name).is_file() for name in TOKENIZER_FILES):
         tokenizer = _tokenizer(path.parent, how)
     return _checked(LoadedModel(model, tokenizer, text, None), how)
 
@@ -439,12 +355,12 @@ def _snapshot(hub_id: str, how: _How) -> Path:
             )
     except Exception as error:
         raise NotThereError(
-            f"{hub_id!r} is no folder here, and as a Hub id it could not be fetched: {_first_line(error)}",
+            f"{hub_id!r} is no folder here, and as a Hub id it could not be fetched: {first_line(error)}",
             next="check the spelling, the network and your Hub login, or name a local folder",
         ) from error
 
 
-# --- what transformers is asked ----------------------------------------------------------------------------------------
+# --- what transformers is asked --------------------------------------------------------------------------------------
 
 
 def _pretrained(folder: Path, how: _How, **extra) -> nn.Module:
@@ -539,192 +455,7 @@ def _adopt_ids(model: nn.Module, tokenizer) -> None:
             config.pad_token_id = None  # left padding is masked; nothing is written into a row of its own
 
 
-# --- checks before transformers sees the folder -----------------------------------------------------------------------
-
-
-def check_folder(folder: str | os.PathLike, *, trust_remote_code: bool = False) -> None:
-    """Raises ModelError where a model folder is incomplete, holds only pickles, asks for code, or is damaged."""
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        _incomplete(folder, "config.json")
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        _incomplete(folder, "tokenizer.json")
-    for name in ("config.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            _check_remote_code(folder / name, _json(folder / name), trust_remote_code)
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        check_safetensors(single)
-    elif index.is_file():
-        _check_index(folder, index)
-    else:
-        _no_weights(folder)
-
-
-def _incomplete(folder: Path, missing: str):
-    raise ModelError(
-        f"{missing} is missing; the folder holds {_listing(folder)}",
-        where=str(folder),
-        code="E401",
-        next="name the folder that save_pretrained wrote, with its tokenizer",
-    )
-
-
-def _no_weights(folder: Path):
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
-    if not pickles:
-        _incomplete(folder, "model.safetensors")
-    raise ModelError(
-        f"the weights are pickles ({', '.join(pickles[:3])}), which can run any code when they are opened",
-        where=str(folder),
-        code="E402",
-        next='if you trust them, convert them apart: python -c "from transformers import AutoModelForCausalLM as M; '
-        f"M.from_pretrained('{folder.name}', use_safetensors=False).save_pretrained('{folder.name}-safe')\"",
-    )
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
-    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
-    return (", ".join(_shown(name) for name in names[:12]) + more) or "nothing"
-
-
-def _check_remote_code(path: Path, content: dict, trusted: bool) -> None:
-    modules = content.get("auto_map")
-    if modules and not trusted:
-        first = next(iter(modules.values())) if isinstance(modules, dict) else modules
-        first = first[0] if isinstance(first, list) and first else first
-        raise ModelError(
-            f"the model asks to run its own Python, {_shown(first)}",
-            where=f'{path}: field "auto_map"',
-            code="E403",
-            next="read that code, then allow it with trust_remote_code and its 40-digit revision",
-        )
-
-
-def _check_index(folder: Path, index: Path) -> None:
-    entries = _json(index, "E405").get("weight_map")
-    if not isinstance(entries, dict) or not entries:
-        raise ModelError('"weight_map" is missing', where=str(index), code="E405", next="download the model again")
-    inside: dict[str, set[str]] = {}
-    for tensor, shard in sorted(entries.items()):
-        entry = f"{index}: entry {_shown(tensor)}"
-        _check_name(folder, shard, entry)
-        if shard not in inside:
-            if not (folder / shard).is_file():
-                raise ModelError(
-                    f"shard {_shown(shard)} is missing", where=entry, code="E405", next="download the model again"
-                )
-            inside[shard] = set(check_safetensors(folder / shard))
-        if tensor not in inside[shard]:
-            raise ModelError(
-                f"shard {_shown(shard)} does not hold this tensor",
-                where=entry,
-                code="E405",
-                next="download the model again",
-            )
-    pattern = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
-    families = {match[1] for match in map(pattern.fullmatch, inside) if match}
-    for path in sorted(folder.iterdir()):
-        match = pattern.fullmatch(path.name)
-        if match and match[1] in families and path.name not in inside:
-            raise ModelError(
-                f"shard {_shown(path.name)} lies in the folder but the index does not name it",
-                where=str(index),
-                code="E405",
-                next="download the model again",
-            )
-
-
-def _check_name(folder: Path, shard, entry: str) -> None:
-    """A name from an index must stay in its folder (or in the blobs that a Hub cache's snapshot links to)."""
-    bad = not isinstance(shard, str) or not shard or "\0" in shard or "\\" in shard or os.path.isabs(shard)
-    bad = bad or re.match(r"[A-Za-z]:", shard) is not None or ".." in Path(shard).parts
-    bad = bad or not shard.endswith(".safetensors")
-    if not bad:
-        homes = [folder.resolve()]
-        if folder.resolve().parent.name == "snapshots":
-            homes.append(folder.resolve().parent.parent / "blobs")
-        real = (folder / shard).resolve()
-        bad = not any(real.is_relative_to(home) for home in homes)
-    if bad:
-        raise ModelError(
-            f"{_shown(shard)} is no file name inside the model's folder",
-            where=entry,
-            code="E405",
-            next="do not trust this model",
-        )
-
-
-def check_safetensors(path: str | os.PathLike) -> list[str]:
-    """The tensor names of a safetensors file whose header is sound, without reading the tensors.
-
-    The tensors must cover the file's data exactly, without hole or overlap, each as large as its shape and dtype say.
-    Raises ModelError (E404) naming the tensor.
-    """
-    path = Path(path)
-
-    def refuse(what: str, tensor: str | None = None):
-        where = f"{path}: tensor {_shown(tensor)}" if tensor is not None else str(path)
-        raise ModelError(what, where=where, code="E404", next="download the model again")
-
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(8)
-        if len(head) < 8:
-            refuse(f"the file has {size} bytes, too few for a header")
-        (length,) = struct.unpack("<Q", head)
-        if length > _MAX_HEADER:
-            refuse(f"the header claims {length} bytes, over the format's limit of {_MAX_HEADER}")
-        if length > size - 8:
-            refuse(f"the header claims {length} bytes, the file has {size - 8} after its first 8")
-        raw = file.read(length)
-    try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        refuse(f"the header is not JSON: {_first_line(error)}")
-    if not isinstance(header, dict):
-        refuse("the header is no JSON object")
-    header.pop("__metadata__", None)
-    places = []
-    for name, entry in header.items():
-        entry = entry if isinstance(entry, dict) else {}
-        shape, offsets = entry.get("shape"), entry.get("data_offsets")
-        if not isinstance(entry.get("dtype"), str) or not _DTYPE.fullmatch(entry["dtype"]):
-            refuse(f"dtype {_shown(entry.get('dtype'))} is unknown", name)
-        if not isinstance(shape, list) or not all(type(side) is int and side >= 0 for side in shape):
-            refuse(f"shape {_shown(shape)} is no list of sizes", name)
-        if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(at) is int for at in offsets):
-            refuse(f"data_offsets {_shown(offsets)} are not two numbers", name)
-        begin, end = offsets
-        bits = 8 if entry["dtype"] == "BOOL" else int(re.search(r"\d+", entry["dtype"])[0])
-        for side in shape:
-            bits *= side
-        if end - begin != (bits + 7) // 8:
-            refuse(
-                f"shape {shape} of {entry['dtype']} takes {(bits + 7) // 8} bytes, its place has {end - begin}", name
-            )
-        places.append((begin, end, name))
-    at = 0
-    for begin, end, name in sorted(places):
-        if begin < at:
-            refuse(f"it overlaps another tensor at byte {begin}", name)
-        if begin > at:
-            refuse(f"there is a hole of {begin - at} bytes before it", name)
-        at = end
-    if at != size - 8 - length:
-        refuse(f"the tensors take {at} bytes, the file holds {size - 8 - length}")
-    return list(header)
-
-
-def _unique(pairs: list[tuple]) -> dict:
-    seen = dict(pairs)
-    if len(seen) < len(pairs):
-        raise ValueError("a key stands twice")
-    return seen
-
-
-# --- saving ------------------------------------------------------------------------------------------------------------
+# --- saving ----------------------------------------------------------------------------------------------------------
 
 _ADAPTER_FACTS = "palate.json"
 
@@ -761,16 +492,41 @@ def _valid(config):
 
 
 def _scrub_config(path: Path) -> None:
-    """Leaves out which attention this process used: it is no property of the model, and ours is known to nobody else."""
+    """Leaves out which attention this process used: no property of the model, and ours is known to nobody else."""
     content = json.loads(path.read_text(encoding="utf-8"))
     kept = {key: value for key, value in content.items() if "attn_implementation" not in key}
     if kept != content:
         path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def _content(model: nn.Module, tokenizer, card: str | None) -> str:
+    """SHA-256 of all that a saved folder depends on."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = [fingerprint(model), backend.to_str() if backend is not None else str(tokenizer), card]
+    parts.append(getattr(tokenizer, "chat_template", None))
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
+
+
+def _is_there(folder: Path, content: dict[str, str]) -> bool:
+    """Whether `folder` already is what would be written: a run killed between two saves goes on behind the first."""
+    return folder.is_dir() and (folder / "manifest.json").is_file() and verify_folder(folder).items() >= content.items()
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """A full disk is said as one, whichever library met it."""
+    with machine_errors(folder):
+        try:
+            yield
+        except SafetensorError as error:
+            raise MachineError(f"cannot be written: {first_line(error)}", where=str(folder), code="E505") from error
+
+
 def _save_adapter(model: nn.Module, folder: Path) -> None:
-    with new_folder(folder) as tmp, quiet():
-        tmp = Path(tmp)
+    content = {"content": _content(model, None, None)}
+    if _is_there(folder, content):
+        return
+    with new_folder(folder, content) as tmp, _writing(folder), quiet():
         model.save_pretrained(tmp, save_embedding_layers=False)
         (tmp / "README.md").write_text(_ADAPTER_CARD, encoding="utf-8")
         facts = {"base_fingerprint": base_fingerprint(model), "base_dtype": _dtype_name(model)}
@@ -802,7 +558,7 @@ def _verify(model: nn.Module, plain: nn.Module, folder: Path) -> None:
             "the saved model gives other logits",
             where=str(folder),
             code="E404",
-            next="see whether something outside the weights was changed, such as rotary frequencies rounded by .to(dtype)",
+            next="see what was changed besides the weights: .to(dtype), for one, rounds rotary frequencies",
         )
     if plain is not model and plain.dtype in (torch.float32, torch.float64):
         gap = float((_probe(model) - got).abs().max())
@@ -828,7 +584,7 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.detach(), b.detach())
 
 
-# --- small things -----------------------------------------------------------------------------------------------------
+# --- small things ----------------------------------------------------------------------------------------------------
 
 
 def _dtype(value: str | torch.dtype) -> torch.dtype:
@@ -856,26 +612,6 @@ def _dtype_name(model: nn.Module) -> str:
     return str(next(iter(model.parameters())).dtype).removeprefix("torch.")
 
 
-def _json(path: Path, code: str = "E401") -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"not JSON: {_first_line(error)}", where=str(path), code=code) from error
-    if not isinstance(content, dict):
-        raise ModelError("no JSON object", where=str(path), code=code)
-    return content
-
-
-def _shown(value) -> str:
-    text = ascii(value)
-    return text if len(text) <= 120 else text[:117] + "..."
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0][:300] if lines else type(error).__name__).rstrip(". :")
-
-
 @contextmanager
 def _refusing(where: str, code: str, what: str = "the model cannot be read") -> Iterator[None]:
     """Whatever a strange folder makes transformers raise becomes one clear line."""
@@ -886,4 +622,4 @@ def _refusing(where: str, code: str, what: str = "the model cannot be read") -> 
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise MachineError("memory ran out while loading the model", where=where) from error
     except Exception as error:
-        raise ModelError(f"{what}: {_first_line(error)}", where=where, code=code) from error
+        raise ModelError(f"{what}: {first_line(error)}", where=where, code=code) from error

@@ -92,7 +92,7 @@ def refused(name, code, *parts, **how):
         assert str(part) in text, text
 
 
-# --- names --------------------------------------------------------------------------------------------------------------
+# --- names -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_folder(folder):
@@ -186,7 +186,7 @@ def test_a_hub_id_is_checked_like_any_folder_and_fetches_no_pickle(monkeypatch, 
     refused("someone/some-model", "E401", "model.safetensors")
 
 
-# --- new: ----------------------------------------------------------------------------------------------------------------
+# --- new: ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -250,7 +250,7 @@ def test_new_runs_no_code_of_the_config(recipe):
     refused(f"new:{recipe}", "E403", "evil.Config")
 
 
-# --- the tokenizer we train ---------------------------------------------------------------------------------------------
+# --- the tokenizer we train ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", ["", " ", "The cat", " The  cat\n\n", "Ünï 你好 \U0001f642\x00\x7f", "a\u0301 \t\r\n"])
@@ -282,7 +282,7 @@ def test_same_tokenizer(tokenizer, folder):
     check_same_tokenizer(tokenizer, copy.deepcopy(tokenizer))
 
 
-# --- refusals -------------------------------------------------------------------------------------------------------------
+# --- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])
@@ -591,7 +591,7 @@ def test_a_family_that_is_no_causal_model(folder):
             load(folder)
 
 
-# --- saving --------------------------------------------------------------------------------------------------------------
+# --- saving ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -675,6 +675,54 @@ def test_an_adapter_is_saved_merged_and_alone(tmp_path, tokenizer, kind):
     assert facts["base_fingerprint"] == load(tmp_path / "base").fingerprint == load(tmp_path / "base").fingerprint
 
 
+def test_an_adapter_on_an_adapter_names_the_sum_as_its_base(tmp_path, tokenizer, monkeypatch):
+    save(fresh(), tokenizer, tmp_path / "0" / "model")
+    monkeypatch.chdir(tmp_path)
+    name, expected = "0/model", None  # relative on purpose
+    for stage in "12":
+        start = load(name)
+        if expected is not None:
+            assert torch.allclose(logits(start.model), expected, atol=1e-5)
+        adapted = add_lora(start.model, 2, seed=int(stage))
+        with torch.no_grad():
+            for key, weight in adapted.named_parameters():
+                if "lora_B" in key:
+                    weight.normal_(std=0.05)
+        expected = logits(adapted)
+        save(adapted, tokenizer, tmp_path / stage / "model")
+        name = f"{stage}/adapter"
+    monkeypatch.chdir("/")
+    assert torch.allclose(logits(load(tmp_path / "2" / "adapter").model), expected, atol=1e-5)
+
+
+def test_saving_again_what_is_there_is_nothing_and_something_else_is_refused(tmp_path, tokenizer):
+    adapted = add_lora(fresh(), 2)
+    save(adapted, tokenizer, tmp_path / "model")
+    shutil.rmtree(tmp_path / "model")  # as if killed between the adapter and the model
+    save(adapted, tokenizer, tmp_path / "model")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    save(adapted, tokenizer, tmp_path / "model")
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for other in (fresh(num_hidden_layers=1), adapted):
+        with pytest.raises(UsageError) as caught:
+            save(other, None, tmp_path / "model")
+        assert caught.value.code == "E313"
+
+
+def test_a_full_disk_is_said_as_one(tmp_path, tokenizer, monkeypatch):
+    import errno
+
+    model = fresh()
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(model, "save_pretrained", full)
+    with pytest.raises(MachineError, match="disk is full"):
+        save(model, tokenizer, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture
 def adapter(tmp_path, tokenizer):
     save(fresh(), tokenizer, tmp_path / "base")
@@ -695,7 +743,7 @@ def test_an_adapter_of_another_base(adapter, tmp_path, tokenizer):
     edit(adapter / "adapter_config.json", base_model_name_or_path=str(tmp_path / "other"))
     refused(adapter, "E409", "other")
     (adapter / "palate.json").unlink()
-    load(adapter)  # nothing is left to tell the two apart
+    load(adapter)  # without it nothing tells the two apart
     for at, changes in enumerate([{"hidden_size": 64}, {"num_hidden_layers": 1}]):
         save(fresh(**changes), tokenizer, tmp_path / f"wrong{at}")
         edit(adapter / "adapter_config.json", base_model_name_or_path=str(tmp_path / f"wrong{at}"))
@@ -750,7 +798,7 @@ def test_a_save_that_does_not_read_back_leaves_nothing(tmp_path, tokenizer, monk
     assert not (tmp_path / "out").exists()
 
 
-# --- GGUF, context, silence -----------------------------------------------------------------------------------------------
+# --- GGUF, context, silence ------------------------------------------------------------------------------------------
 
 
 def test_a_file_that_is_no_gguf(tmp_path):
@@ -773,7 +821,7 @@ def test_loading_says_nothing(folder, capfd):
     assert out == "" and err == ""
 
 
-# --- a real model ---------------------------------------------------------------------------------------------------------
+# --- a real model ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
