@@ -191,29 +191,29 @@ def _write(path: Path, parts: list) -> None:
 
 
 def _json_bytes(content: Any, indent: int | None = None) -> bytes:
-    content = _strict(content)
+    content = strict_json(content)
     try:
         return (json.dumps(content, indent=indent, allow_nan=False, ensure_ascii=False) + "\n").encode()
     except UnicodeEncodeError:  # half a surrogate pair, as broken data brings: only its escape can be written
         return (json.dumps(content, indent=indent, allow_nan=False) + "\n").encode()
 
 
-def _strict(value: Any) -> Any:
+def strict_json(value: Any) -> Any:
     """`value` made of what strict JSON has."""
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, Mapping):
-        return {key if isinstance(key, str) else str(key): _strict(item) for key, item in value.items()}
+        return {key if isinstance(key, str) else str(key): strict_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
+        return [strict_json(item) for item in value]
     if isinstance(value, set | frozenset):
-        return [_strict(item) for item in sorted(value)]
+        return [strict_json(item) for item in sorted(value)]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if hasattr(value, "tolist"):  # numpy and torch, numbers and arrays
-        return _strict(value.tolist())
+        return strict_json(value.tolist())
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
@@ -482,7 +482,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def _manifest_bytes(content: Mapping[str, Any]) -> bytes:
     """The manifest's file: it carries its own SHA-256, taken without that entry, so no bit in it flips unseen."""
-    content = {key: value for key, value in _strict(content).items() if key != "sha256"}
+    content = {key: value for key, value in strict_json(content).items() if key != "sha256"}
     return _json_bytes(content | {"sha256": hashlib.sha256(_json_bytes(content, indent=1)).hexdigest()}, indent=1)
 
 

@@ -1,8 +1,8 @@
 """The store of reference scores: a log-prob is computed once per (weights, precision, tokens) and found ever after.
 
 One folder per identity holds immutable segments, each sorted by key and searched through a memory map, so that 20 M
-rows open without being read. A segment is named by the hash of its tag and checksums, and each of its blocks has a checksum
-that is looked at before a value leaves it: what rots is refused, not served. Other processes may write at any time.
+rows open without being read. A segment is named by the hash of its tag and checksums; each of its blocks has a
+checksum that is looked at before a value leaves it: what rots is refused. Other processes may write at any time.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import MachineError
-from .files import Lock, make_folder, remove_file, save_tensors, write_json
+from palate.errors import MachineError
+from palate.files import Lock, make_folder, remove_file, save_tensors, write_json
 
 BLOCK = 1024  # rows under one checksum
 MAX_SEGMENTS = 64
@@ -63,8 +63,8 @@ def row_key(prompt: np.ndarray, completion: np.ndarray, spans: Sequence[tuple[in
 class ScoreStore:
     """Log-probs and lengths of completions under one identity.
 
-    folder: named by the identity; made at the first put. notes: what could not be read or stored, one line each; a store
-    never ends a run, it finds less.
+    folder: named by the identity; made at the first put. notes: what could not be read or stored, one line each;
+    a store never ends a run, it finds less.
     """
 
     def __init__(self, folder: str | os.PathLike):
