@@ -1,4 +1,4 @@
-"""Messages to text: the tokenizer's own chat template, rendered by transformers' sandbox, its refusals in its own words.
+"""Messages to text: the tokenizer's own chat template in transformers' sandbox, its refusals in its own words.
 
 A template comes with a model or from a file; it is code by strangers. It is tried once in a child process with little
 time and memory before it meets data.
@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
+from palate.data.records import Message
 from palate.errors import DataError, ModelError, NotThereError
-
-from .records import Message
 
 _PROBE = "palateprobe"
 _SECONDS, _BYTES = 2, 1 << 30
@@ -174,7 +173,7 @@ environment = ImmutableSandboxedEnvironment(
 environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False)
 environment.globals["raise_exception"] = refuse
 environment.globals["strftime_now"] = lambda form: form
-chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello"}, {"role": "user", "content": "?"}]
+chat = [{"role": role, "content": "hello"} for role in ("user", "assistant", "user")]
 try:
     template = environment.from_string(job["template"])
     template.render(messages=chat, tools=None, documents=None, add_generation_prompt=True, **job["variables"])

@@ -9,15 +9,15 @@ import json
 import re
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
-from palate.errors import DataError
-
-from . import template
-from .records import (
+from palate.data import template
+from palate.data.records import (
     Demonstration,
     Feedback,
     Message,
@@ -28,6 +28,7 @@ from .records import (
     Source,
     Text,
 )
+from palate.errors import DataError, RefusedError
 
 # Put inside a control string that somebody wrote: added tokens are looked for before text is normalised, and then the
 # mark is normalised away. Noncharacters, so no honest text has them.
@@ -131,15 +132,16 @@ def encode_prompt(prompt: Text, tokenizer, *, where: str | None = None) -> np.nd
     assistant's (DataError E216).
     """
     encoder = _encoder(tokenizer)
-    ids = encoder.plain(prompt, (), where)[0] if isinstance(prompt, str) else encoder.chat_prompt(prompt, where)[0]
+    with _at(where):
+        ids = encoder.plain(prompt, ())[0] if isinstance(prompt, str) else encoder.chat_prompt(tuple(prompt))[0]
     return np.asarray(ids, dtype=np.int32)
 
 
 def end_tokens(tokenizer, chat: bool = True) -> frozenset[int]:
     """Ids that end a completion in generation: the end token, and in chats the template's end-of-turn token too."""
     encoder = _encoder(tokenizer)
-    found = {encoder.eos, encoder.turn_end[1] if chat else None}
-    return frozenset(found - {None})
+    found = (encoder.eos, encoder.turn_end[1] if chat else None)
+    return frozenset(token for token in found if token is not None)
 
 
 def without_signal(group: TokenGroup) -> bool:
@@ -147,6 +149,13 @@ def without_signal(group: TokenGroup) -> bool:
     return bool(group.preferences) and all(
         np.array_equal(group.completions[better], group.completions[worse]) for better, worse in group.preferences
     )
+
+
+def notes(tokenizer, chat: bool = True) -> list[str]:
+    """What a person should know about how this tokenizer's completions end; often nothing."""
+    if end_tokens(tokenizer, chat):
+        return []
+    return ["the tokenizer has no end token: completions are trained without one and generation runs to its limit"]
 
 
 def control_text(text: Text, tokenizer) -> tuple[str, ...]:
@@ -187,7 +196,7 @@ class Encoder:
         self._anchors = [(text, ids) for text in _ANCHORS if (ids := self.ids(text))]
 
     @property
-    def tokenizer(self):
+    def tokenizer(self) -> Any:
         return self._tokenizer()
 
     @cached_property
@@ -218,6 +227,13 @@ class Encoder:
         return self.all_ids([text])[0]
 
     def all_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        for text in texts:
+            if not _is_text(text):
+                raise DataError(
+                    "the text has half of a surrogate pair, which is no character",
+                    code="E203",
+                    next="fix the row or skip it",
+                )
         if any(_MARK in text for text in texts):
             return [self._marked_ids(text) if _MARK in text else self.all_ids([text])[0] for text in texts]
         return self.tokenizer(
@@ -271,17 +287,17 @@ class Encoder:
 
     def without_end(self, text: str, chat: bool) -> str:
         """`text` without the end token's own text behind it."""
-        ends = {self.tokenizer.eos_token, self.turn_end[0] if chat else None} - {None, ""}
-        while any(text.endswith(end) for end in ends):
+        ends = tuple(end for end in (self.tokenizer.eos_token, self.turn_end[0] if chat else None) if end)
+        while text.endswith(ends):
             text = text[: -max(len(end) for end in ends if text.endswith(end))]
         return text
 
     # Rows to ids
 
-    def plain(self, prompt: str, completions: Sequence[str], where: str | None):
+    def plain(self, prompt: str, completions: Sequence[str]):
         """Prompt ids; per completion its ids, its spans and whether it ends in an end token."""
         bodies = [self.without_end(text, chat=False) for text in completions]
-        own, *wholes = self._located([self.mark(prompt), *(self.mark(prompt + body) for body in bodies)], where)
+        own, *wholes = self.all_ids([self.mark(prompt), *(self.mark(prompt + body) for body in bodies)])
         head = self.prefix or ([self.bos] if not own and self.bos is not None else [])
         ids, sides = head + own, []
         for body, whole in zip(bodies, wholes, strict=True):
@@ -290,46 +306,43 @@ class Encoder:
             sides.append(self._ended(rest, spans))
         return ids, sides
 
-    def chat_prompt(self, prompt: tuple[Message, ...], where: str | None) -> tuple[list[int], str]:
+    def chat_prompt(self, prompt: tuple[Message, ...]) -> tuple[list[int], str]:
         """Ids and (marked) text of a conversation up to where the assistant's turn opens."""
         if prompt and prompt[-1].role == "assistant":
             raise DataError(
                 "the prompt ends with an assistant message, so there is no turn left to answer in",
-                where=where,
                 code="E216",
                 next="end the prompt with a user message",
             )
-        text = template.render(self._safe(prompt), self.tokenizer, prompt=True, where=where)
-        return self._located([text], where)[0], text
+        text = template.render(self._safe(prompt), self.tokenizer, prompt=True)
+        return self.ids(text), text
 
-    def chat(self, prompt: tuple[Message, ...], completions: Sequence[tuple[Message, ...]], where: str | None):
+    def chat(self, prompt: tuple[Message, ...], completions: Sequence[tuple[Message, ...]]):
         """As `plain`, for conversations."""
-        ids, text = self.chat_prompt(prompt, where)
-        return ids, [self._turns(prompt, completion, ids, text, where) for completion in completions]
+        ids, text = self.chat_prompt(prompt)
+        return ids, [self._turns(prompt, completion, ids, text) for completion in completions]
 
-    def _turns(self, prompt, completion, ids: list[int], opening: str, where: str | None):
+    def _turns(self, prompt, completion, ids: list[int], opening: str):
         """Ids of the turns after `opening`, each assistant turn that stands as it was generated being a span."""
         messages = self._safe(prompt) + self._safe(completion, ending=True)
-        whole = template.render(messages, self.tokenizer, prompt=False, where=where)
+        whole = template.render(messages, self.tokenizer, prompt=False)
         if not whole.startswith(opening):
             raise DataError(
                 f"the chat template writes this prompt otherwise once a reply follows: {_difference(opening, whole)}",
-                where=where,
                 code="E216",
                 next="skip the row, or give another template with --chat-template FILE",
             )
         start, marks = len(opening), []
         *inner, last = [at for at in range(len(prompt), len(messages)) if messages[at].role == "assistant"]
         for at in inner:
-            span = self._inner_turn(messages, at, whole, where)
+            span = self._inner_turn(messages, at, whole)
             if span is not None:
                 marks.append(span)
         if inner:
-            text = template.render(messages[:last], self.tokenizer, prompt=True, where=where)
+            text = template.render(messages[:last], self.tokenizer, prompt=True)
             if not whole.startswith(text):
                 raise DataError(
                     f"the chat template rewrites earlier turns: {_difference(text, whole)}",
-                    where=where,
                     code="E216",
                     next="skip the row, or give another template with --chat-template FILE",
                 )
@@ -341,7 +354,7 @@ class Encoder:
         for begin, stop in marks:
             for edge in (begin, stop):
                 if edge > position:
-                    (known,) = self._located([whole[:edge]], where)
+                    known = self.ids(whole[:edge])
                     first = len(done)
                     done += self.continuation(done, known, whole[position:edge])
                     position = edge
@@ -352,10 +365,10 @@ class Encoder:
             return rest, tuple(spans), True
         return self._ended(rest, tuple(spans))
 
-    def _inner_turn(self, messages, at: int, whole: str, where: str | None) -> tuple[int, int] | None:
+    def _inner_turn(self, messages, at: int, whole: str) -> tuple[int, int] | None:
         """Where in `whole` the turn `at` was generated, or None if it stands there otherwise than when it was last."""
-        opening = template.render(messages[:at], self.tokenizer, prompt=True, where=where)
-        alone = template.render(messages[: at + 1], self.tokenizer, prompt=False, where=where)
+        opening = template.render(messages[:at], self.tokenizer, prompt=True)
+        alone = template.render(messages[: at + 1], self.tokenizer, prompt=False)
         if not whole.startswith(opening) or not alone.startswith(opening):
             return None
         end, _ = self._turn_close(alone, len(opening))
@@ -386,12 +399,23 @@ class Encoder:
             safe.append(Message(message.role, self.mark(content, own)))
         return tuple(safe)
 
-    def _located(self, texts: Sequence[str], where: str | None) -> list[list[int]]:
-        try:
-            return self.all_ids(texts)
-        except DataError as error:
-            error.where = where
-            raise
+
+@contextmanager
+def _at(where: str | None):
+    """Adds the row to errors that do not name one."""
+    try:
+        yield
+    except RefusedError as error:
+        error.where = error.where or where
+        raise
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _group(record, completions, names, tokenizer, max_length, deciding: int | None = None) -> TokenGroup:
@@ -403,14 +427,15 @@ def _group(record, completions, names, tokenizer, max_length, deciding: int | No
         raise DataError(
             "the row mixes plain strings and messages", where=where, code="E219", next="use one form for both"
         )
-    if isinstance(record.prompt, str):
-        prompt, sides = encoder.plain(record.prompt, completions, where)
-    else:
-        for name, completion in zip(names, completions, strict=True):
-            _check_turns(name, completion, where)
-        prompt, sides = encoder.chat(tuple(record.prompt), [tuple(turns) for turns in completions], where)
+    with _at(where):
+        if isinstance(record.prompt, str):
+            prompt, sides = encoder.plain(record.prompt, completions)
+        else:
+            for name, completion in zip(names, completions, strict=True):
+                _check_turns(name, completion)
+            prompt, sides = encoder.chat(tuple(record.prompt), [tuple(turns) for turns in completions])
 
-    for name, (ids, spans, closed) in zip(names, sides, strict=True):
+    for name, (_, spans, closed) in zip(names, sides, strict=True):
         if sum(stop - start for start, stop in spans) - closed < 1:
             raise DataError(f"the {name} has no token", where=where, code="E222", next="fix the row or skip it")
     longest = max((len(ids) for ids, _, _ in sides[:deciding]), default=0)
@@ -454,14 +479,13 @@ def _group(record, completions, names, tokenizer, max_length, deciding: int | No
     )
 
 
-def _check_turns(name: str, completion: Sequence[Message], where: str | None) -> None:
+def _check_turns(name: str, completion: Sequence[Message]) -> None:
     if not completion:
-        raise DataError(f"the {name} has no message", where=where, code="E208", next="fix the row or skip it")
+        raise DataError(f"the {name} has no message", code="E208", next="fix the row or skip it")
     for message, place, code in ((completion[0], "begin", "E216"), (completion[-1], "end", "E215")):
         if message.role != "assistant":
             raise DataError(
                 f'the {name} must {place} with an assistant message, not "{message.role}"',
-                where=where,
                 code=code,
                 next="fix the row or skip it",
             )
@@ -570,7 +594,8 @@ def _marked_encoder(tokenizer, control):
 def _piecewise(tokenizer, control, text: str) -> list[int]:
     """The same for tokenizers without a Rust backend: what stands between control tokens is encoded apart."""
     pattern, ids, at = _any_of(control), [], 0
-    edges = [(match.start(), match.end()) for match in pattern.finditer(text)] + [(len(text), len(text))]
+    found = pattern.finditer(text) if pattern else ()
+    edges = [(match.start(), match.end()) for match in found] + [(len(text), len(text))]
     for start, stop in edges:
         piece = text[at:start].replace(_MARK, "")
         if piece:

@@ -1,8 +1,8 @@
 """Templates: rendered as transformers does, refused in their own words, tried in a child before they meet data."""
 
 import pytest
-import zoo
 
+import zoo
 from palate.data.records import Message
 from palate.data.template import check_template, load_template, render, turn_tail
 from palate.errors import DataError, ModelError, NotThereError
