@@ -85,9 +85,10 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
         result.pop("summary", None)
         head = {"verb": verb, "status": _STATUS.get(code, "error"), "exit_code": code, "out": result.pop("out", None)}
         _print(json.dumps(head | result, ensure_ascii=False, default=str, allow_nan=True))
-    elif "summary" in result:
-        lines = result["summary"]
-        _print(lines if isinstance(lines, str) else "\n".join(lines))
+    elif code == 0 or "summary" in result:
+        lines = result.get("summary") or [f"{k:<12} {v}" for k, v in result.items() if isinstance(v, str | int | float)]
+        if lines:
+            _print((lines if isinstance(lines, str) else "\n".join(lines)).translate(_CONTROLS))
     return code
 
 
@@ -99,10 +100,14 @@ def entry() -> None:
     sys.exit(main())
 
 
+# What data says must not steer a terminal: escape sequences are shown, not sent.
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
 def say(text: str = "") -> None:
     """A message for the person at the terminal: one line on stderr; a reader who went away stops nothing."""
     with contextlib.suppress(BrokenPipeError, ValueError):
-        print(text, file=sys.stderr, flush=True)
+        print(text.translate(_CONTROLS), file=sys.stderr, flush=True)
 
 
 def _print(text: str) -> None:
@@ -148,6 +153,8 @@ def _command(argv: list[str], environ: Mapping[str, str]) -> tuple[dict, bool]:
     )
     there = {name: verb for name, verb in VERBS.items() if verb.exists}
     if not argv or argv[0].startswith("-"):
+        if argv and argv[0] not in ("--help", "-h", "--version"):
+            raise UsageError("no such option", where=argv[0][:80], code="E301", next="see palate --help")
         for name, verb in there.items():
             app.command(_placeholder(), name=name, help=verb.help)
         _parse(app, argv, [])

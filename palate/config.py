@@ -45,7 +45,7 @@ class Node:
     size: int = 1
 
 
-def scalar(text: str) -> None | bool | int | float | str:
+def scalar(text: str) -> bool | int | float | str | None:
     """The value of a plain scalar in YAML 1.2's core schema; what is ambiguous (`012`, `1_000`, `12:30`) stays text."""
     if text in _WORDS:
         return _WORDS[text]
@@ -361,8 +361,9 @@ def fill(
     origins = {path: Origin("default", f'default of "{path}"') for path in known}
 
     def put(path: str, value, origin: Origin):
-        table = raw
-        *groups, last = path.split(".")
+        table, parent = raw, _open_parent(path, known)
+        # below an open table a name is one key, dots and all: columns {"meta.chosen": ...}
+        *groups, last = path.split(".") if parent is None else [*parent.split("."), path[len(parent) + 1 :]]
         for name in groups:
             table = table.setdefault(name, {})
         table[last] = value
@@ -511,10 +512,15 @@ def _leaf_of(path: str, known: dict[str, Leaf], where: str) -> tuple[Leaf, Any]:
     """The leaf that a dotted path names or stands under, and the annotation of its value."""
     if path in known:
         return known[path], known[path].field.annotation
-    parent = known.get(path.rpartition(".")[0])
-    if parent is not None and parent.open:
-        return parent, _item(parent.field.annotation)
+    parent = _open_parent(path, known)
+    if parent is not None:
+        return known[parent], _item(known[parent].field.annotation)
     raise _unknown(path, known, where, dashes=where.startswith("--"))
+
+
+def _open_parent(path: str, known: dict[str, Leaf]) -> str | None:
+    """The open table (`columns`, `loss_options`) that a path stands under."""
+    return next((name for name, leaf in known.items() if leaf.open and path.startswith(name + ".")), None)
 
 
 def _environment_keys(environ, known):
@@ -522,8 +528,7 @@ def _environment_keys(environ, known):
         if not name.startswith("PALATE_") or name in RESERVED:
             continue
         path = name.removeprefix("PALATE_").lower().replace("__", ".")
-        parent = known.get(path.rpartition(".")[0])
-        if path in known or (parent is not None and parent.open):
+        if path in known or _open_parent(path, known) is not None:
             yield name, path
         else:  # another verb's key is no mistake, a near miss of ours is
             near = nearest(path, known, cutoff=0.85)
@@ -612,7 +617,7 @@ def _explain(error: ValidationError, config_type, known: dict[str, Leaf], origin
             where = origins[path].where if path in origins else None
             return UsageError(str(own) + others, where=where, code="E308", next="change one of them")
     kinds = {item["type"] for item in items}
-    leaf = known.get(path) or known.get(path.rpartition(".")[0])
+    leaf = known.get(path) or known.get(_open_parent(path, known) or "")
     origin = origins.get(path, Origin("default", f'key "{path}"'))
     if "extra_forbidden" in kinds:
         return _unknown(path, known, origin.where, dashes=origin.kind == "flag")
