@@ -129,7 +129,8 @@ TEMPLATES = {
     "alpaca": (
         "{% for m in messages %}{% if m.role == 'system' %}{{ m.content + '\n\n' }}{% elif m.role == 'user' %}"
         "{{ '### Instruction:\n' + m.content + '\n\n' }}{% else %}"
-        "{{ '### Response:\n' + m.content + eos_token + '\n\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
+        "{{ '### Response:\n' + m.content + eos_token + '\n\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
     ),
     "vicuna": (
         "{% for m in messages %}{% if m.role == 'system' %}{{ m.content + ' ' }}{% elif m.role == 'user' %}"
@@ -138,7 +139,8 @@ TEMPLATES = {
     ),
     "granite": (
         "{% for m in messages %}{{ '<|start_of_role|>' + m.role + '<|end_of_role|>' }}"
-        "{{ m.content + '<|end_of_text|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}"
+        "{{ m.content + '<|end_of_text|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}"
     ),
     "command": (
         "{{ bos_token }}{% for m in messages %}{% set who = {'user': '<|USER|>', 'assistant': '<|CHATBOT|>', "

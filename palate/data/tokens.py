@@ -190,6 +190,7 @@ class Encoder:
         self._anyone = _any_of(self.control)
         self._assistant = _any_of(set(self.control) - own)
         self._marked = None
+        self._know_unknown(None)
         self.prefix = _prefix(tokenizer)
         one = self.ids("1")
         self._dummy = self.decode(one + one) != self.decode(self.ids("11"))
@@ -235,26 +236,40 @@ class Encoder:
                     next="fix the row or skip it",
                 )
         if any(_MARK in text for text in texts):
-            return [self._marked_ids(text) if _MARK in text else self.all_ids([text])[0] for text in texts]
-        return self.tokenizer(
+            return [self._marked_ids(text) if _MARK in text else self.ids(text) for text in texts]
+        found = self.tokenizer(
             list(texts), add_special_tokens=False, return_attention_mask=False, truncation=False, verbose=False
         )["input_ids"]
+        # Normalisation can make a control string of what was none ("＜/s＞"): only marked text is safe from it.
+        return [
+            ids if self._control_ids.isdisjoint(ids) or self._honest(ids, text) else self._marked_ids(text)
+            for ids, text in zip(found, texts, strict=True)
+        ]
+
+    def _honest(self, ids: list[int], text: str) -> bool:
+        """Whether `ids` has no more control tokens than `text` has control strings that are not marked."""
+        wanted = sum(found not in self._unknown for found in self.found(text))
+        return sum(token in self._control_ids for token in ids) <= wanted
 
     def _marked_ids(self, text: str) -> list[int]:
         if self._marked is None:
             self._marked, unknown = _marked_encoder(self.tokenizer, self.control)
-            # Unknown characters become the unknown token too, so its presence says nothing.
-            self._telling = set(self.control) - {unknown, self.tokenizer.unk_token}
-            self._telling_ids = set(map(self.tokenizer.convert_tokens_to_ids, self._telling))
+            self._know_unknown(unknown)
         ids = self._marked(text)
-        wanted = sum(found in self._telling for found in self.found(text))
-        if sum(token in self._telling_ids for token in ids) > wanted:
+        if not self._honest(ids, text):
             raise DataError(
                 "control text in the row cannot be kept as text with this tokenizer",
                 code="E220",
                 next="remove it from the row or skip the row",
             )
         return ids
+
+    def _know_unknown(self, unknown: str | None) -> None:
+        """Unknown characters become the unknown token too, so its presence says nothing."""
+        self._unknown = {self.tokenizer.unk_token, unknown}
+        self._control_ids = {
+            self.tokenizer.convert_tokens_to_ids(text) for text in self.control if text not in self._unknown
+        }
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -539,14 +554,14 @@ def _any_of(texts) -> re.Pattern | None:
 
 def _prefix(tokenizer) -> list[int]:
     """What the tokenizer writes before a text of its own accord; what it writes behind is left to us."""
-    body = tokenizer("1", add_special_tokens=False)["input_ids"]
-    full = tokenizer("1")["input_ids"]
-    for at in range(len(full) - len(body) + 1):
-        if full[at : at + len(body)] == body:
+    prefix: list[int] = []
+    for probe in ("1", "a", "the"):
+        body = tokenizer(probe, add_special_tokens=False)["input_ids"]
+        full = tokenizer(probe)["input_ids"]
+        starts = (at for at in range(len(full) - len(body) + 1) if full[at : at + len(body)] == body)
+        if body and (at := next(starts, None)) is not None:
             prefix = full[:at]
             break
-    else:
-        prefix = []
     bos = tokenizer.bos_token_id
     while len(prefix) > 1 and prefix[0] == prefix[1] == bos:
         prefix = prefix[1:]

@@ -323,6 +323,13 @@ def test_control_text_in_messages_stays_text(name, kind):
             assert f"I say {text} now" in tokenizer.decode(group.completions[0])
 
 
+def test_what_normalises_to_control_text_stays_text():
+    tokenizer = zoo.tokenizer("unigram", add_bos=True)
+    assert 1 in tokenizer("yes ＜/s＞ no")["input_ids"], "nothing is tried"
+    group = tokenize(Demonstration("hello ＜/s＞ there", " yes ＜/s＞ no"), tokenizer)
+    assert 1 not in group.prompt and group.completions[0].tolist().count(1) == 1
+
+
 def test_added_words_are_text_and_control_words_are_not():
     tokenizer = zoo.chat_tokenizer("chatml", words=("Lily", "<|tool|>", "   "), control=(), eos="</s>")
     ids = {text: tokenizer.convert_tokens_to_ids(text) for text in ("Lily", "<|tool|>", "   ")}
