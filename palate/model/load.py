@@ -86,8 +86,9 @@ def load(
     device: "cpu", "cuda", "mps" or "auto", which takes what is there.
     trust_remote_code: run Python that comes with the model; needs `revision`, the 40-digit commit that was read.
 
-    Raises ModelError (E401 files missing, E402 pickles, E403 remote code, E404 damaged weights, E405 shard index,
-    E406 not finite, E407 vocabulary, E409 adapter of another base), NotThereError, UsageError, MachineError.
+    Raises NotThereError, UsageError, MachineError and ModelError: E401 files missing, E402 pickles, E403 remote code,
+    E404 damaged weights, E405 shard index, E406 not finite, E407 vocabulary, E409 adapter of another base, E411 not
+    causal.
     """
     text, dtype, device = os.fspath(name), _dtype(dtype), _device(device)
     if trust_remote_code and not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
@@ -138,9 +139,9 @@ def save(
 
     A model with an adapter is written merged, and the adapter alone into `adapter` (default: beside `folder`).
     The weights keep the dtype they have; tied weights are written once. The folder appears whole or not at all. Before
-    that it is loaded again: its weights and logits on a probe must be the same bits (with an adapter, the logits
-    the same up to the rounding of the merge); otherwise ModelError, and nothing is there. A folder that already holds just this
-    stays; another one is not written over (UsageError E313).
+    that it is loaded again: its weights and its logits on a probe must be the same bits (with an adapter, the logits
+    the same up to the rounding of the merge); otherwise ModelError, and nothing is there. A folder that already holds
+    just this stays; another one is not written over (UsageError E313).
 
     card: the text of README.md; without it a short one is written.
     """
@@ -411,6 +412,7 @@ def _checked(loaded: LoadedModel, how: _How) -> LoadedModel:
                 code="E406",
                 next="take another checkpoint",
             )
+    _check_causal(loaded.model, where)
     if loaded.tokenizer is None:
         return loaded
     rows = loaded.model.get_input_embeddings().weight.shape[0]
@@ -428,6 +430,27 @@ def _checked(loaded: LoadedModel, how: _How) -> LoadedModel:
         )
     note = f"control tokens without a row in the embedding, never written by us: {', '.join(sorted(unused)[:5])}"
     return replace(loaded, notes=(*loaded.notes, note))
+
+
+@torch.no_grad()
+def _check_causal(model: nn.Module, where: str) -> None:
+    """A later token must not move an earlier prediction: encoders such as BERT load as well, and look ahead."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    length = min(6, context(model) or 6)
+    ids = (torch.arange(length, device=model.device) * 7919 + 3) % rows
+    other = ids.clone()
+    other[-1] = (ids[-1] + 1) % rows
+    with _refusing(where, "E411", "the model takes no plain text"):
+        one, two = (model(input_ids=row[None], use_cache=False).logits[0, :-1].float() for row in (ids, other))
+    # Equal shapes give equal bits on most kernels; the slack is for those that do not promise it.
+    slack = 100 * torch.finfo(model.dtype).eps * float(one.abs().max())
+    if not torch.allclose(one, two, rtol=0, atol=slack):
+        raise ModelError(
+            "the model looks ahead: a later token changes earlier predictions",
+            where=where,
+            code="E411",
+            next="take a causal language model (a decoder)",
+        )
 
 
 def _used_tokens(tokenizer) -> set[str]:

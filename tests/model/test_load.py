@@ -591,6 +591,23 @@ def test_a_family_that_is_no_causal_model(folder):
             load(folder)
 
 
+def test_an_encoder_is_refused(tmp_path):
+    sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    content = {"model_type": "bert", "intermediate_size": 48, "max_position_embeddings": 64, **sizes}
+    (tmp_path / "bert.json").write_text(json.dumps(content))
+    refused(f"new:{tmp_path / 'bert.json'}", "E411", "looks ahead")
+    (tmp_path / "bert.json").write_text(json.dumps(content | {"is_decoder": True}))
+    load(f"new:{tmp_path / 'bert.json'}")
+
+
+def test_loading_spends_no_randomness(folder):
+    torch.manual_seed(9)
+    np.random.seed(9)
+    state, theirs = torch.random.get_rng_state(), np.random.get_state()[1].copy()
+    load(folder)
+    assert torch.equal(torch.random.get_rng_state(), state) and np.array_equal(np.random.get_state()[1], theirs)
+
+
 # --- saving ----------------------------------------------------------------------------------------------------------
 
 
