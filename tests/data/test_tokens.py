@@ -331,10 +331,10 @@ def test_what_normalises_to_control_text_stays_text():
 
 
 def test_added_words_are_text_and_control_words_are_not():
-    tokenizer = zoo.chat_tokenizer("chatml", words=("Lily", "<|tool|>", "   "), control=(), eos="</s>")
-    ids = {text: tokenizer.convert_tokens_to_ids(text) for text in ("Lily", "<|tool|>", "   ")}
-    found = set(encode_prompt("dear Lily,   <|tool|> x", tokenizer).tolist())
-    assert ids["Lily"] in found and ids["   "] in found and ids["<|tool|>"] not in found
+    tokenizer = zoo.chat_tokenizer("chatml", words=("Lily", "user", "<|tool|>", "   "), control=(), eos="</s>")
+    ids = {text: tokenizer.convert_tokens_to_ids(text) for text in ("Lily", "user", "<|tool|>", "   ")}
+    found = set(encode_prompt("dear Lily,   <|tool|> user", tokenizer).tolist())
+    assert {ids["Lily"], ids["user"], ids["   "]} <= found and ids["<|tool|>"] not in found
 
 
 def test_an_assistants_own_thinking_keeps_its_tags_and_a_users_does_not():
