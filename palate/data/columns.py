@@ -660,7 +660,19 @@ def _conversation_last(column: str) -> Callable[[View], Demonstration]:
 
 
 def _prompt_alone(view: View) -> Record:
-    return Prompt(checked_prompt(_prompt(view), view.name("prompt")))
+    """The prompt as the row's completions would make it: a conversation where they are messages."""
+    prompt = checked_prompt(_prompt(view), view.name("prompt"))
+    replies = [view.get(c) for c in ("chosen", "rejected", "completion") if view.has(c)]
+    if isinstance(prompt, str) and replies and all(isinstance(reply, (list, dict)) for reply in replies):
+        if view.has("chosen") and view.has("rejected"):
+            return Prompt(_explicit(view).prompt)
+        return Prompt(user(prompt))
+    return Prompt(prompt)
+
+
+def _prompt_system(view: View) -> Record:
+    prompt = _prompt_alone(view).prompt
+    return Prompt(user(prompt) if isinstance(prompt, str) else prompt)
 
 
 def _open_conversation(column: str) -> Callable[[View], Record]:
@@ -811,6 +823,7 @@ DEMONSTRATIONS = [
 ]
 TEXTS = [Dialect("running text", "demonstration", ("text",), _text)]
 PROMPTS = [
+    Dialect("prompts with a system message", "prompt", ("prompt",), _prompt_system, "system", ("system",)),
     Dialect("prompts", "prompt", ("prompt",), _prompt_alone, optional=("system",)),
     Dialect(
         "conversations to go on with", "prompt", ("messages",), _open_conversation("messages"), optional=("system",)

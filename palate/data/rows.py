@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from palate.errors import DataError, MachineError, NotThereError
+from palate.errors import DataError, MachineError, NotThereError, UsageError
 
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 MAX_LINE_BYTES = 16 * 2**20
@@ -77,9 +77,8 @@ def file_format(path: str, format: str | None = None) -> str:
     """The format a file is read as: `format` where given, else by the end of its name."""
     if format is not None:
         if format not in FORMATS.values():
-            raise DataError(
-                f'"{shown(format)}" is no data format', next=f"use one of {', '.join(sorted(set(FORMATS.values())))}"
-            )
+            known = ", ".join(sorted(set(FORMATS.values())))
+            raise UsageError(f'"{shown(format)}" is no data format', where="--format", next=f"use one of {known}")
         return format
     ending = os.path.splitext(path)[1].lower()
     if ending not in FORMATS:
@@ -114,7 +113,7 @@ class Rows:
 
     def __iter__(self) -> Iterator[Row]:
         try:
-            handle = open(self.path, "rb")
+            handle = open(self.path, "rb")  # noqa: SIM115, closed below
         except PermissionError as error:
             raise self._unreadable() from error
         except OSError as error:

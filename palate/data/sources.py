@@ -160,9 +160,7 @@ class _Table:
     def __iter__(self) -> Iterator[Row]:
         from palate.data.rows import Row
 
-        seen = 0
-        for value in self.rows:
-            seen += 1
+        for seen, value in enumerate(self.rows, start=1):
             self._hash.update(as_json(value) + b"\n")
             if seen > self.first and (self.stop is None or seen <= self.stop):
                 self.count += 1
@@ -431,4 +429,4 @@ class _Reading:
     def _write_rejects(self) -> None:
         from palate import files
 
-        files.write_bytes_atomic(Path(self.rejects), Records((), rejected=self.bad).rejects())
+        files.write_bytes(Path(self.rejects), Records((), rejected=self.bad).rejects())
