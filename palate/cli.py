@@ -26,7 +26,7 @@ from palate.errors import Interrupted, MachineError, PalateError, UsageError
 class Verb:
     """One row of the table of verbs.
 
-    config: `module:Type` with the options; that module's `run(config, *, verb, say, panel, argv) -> dict` does the work.
+    config: `module:Type` with the options; the module's `run(config, *, verb, say, panel, argv) -> dict` does the work.
     operands: options that may be given without their flag, in this order.
     """
 
@@ -58,7 +58,7 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> int:
-    """The exit code of PRODUCT's list: 0 done, 1 our bug, 2 usage, 3 refused, 4 not better, 5 machine, 6 interrupted."""
+    """The exit code: 0 done, 1 our bug, 2 usage, 3 refused, 4 not better, 5 machine, 6 interrupted and resumable."""
     if argv is None:  # a process of our own: leave by the same door on a polite kill
         argv = sys.argv[1:]
         with contextlib.suppress(ValueError):  # not in the main thread
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     try:
         result, as_json = _command(argv, environ)
         code = int(result.pop("exit_code", 0))
-    except BaseException as caught:  # noqa: BLE001, the one place where everything ends
+    except BaseException as caught:  # the one place where everything ends
         error, code = _understood(caught)
         result = dict(getattr(caught, "result", None) or {}) | {"error": str(error)}
         if getattr(error, "code", None):

@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SHOWN = (("loss", "loss"), ("rewards/margins", "margin"), ("rewards/accuracies", "accuracy"))
+_HELD = (("eval/loss", "loss"), ("eval/rewards/margins", "margin"), ("eval/rewards/accuracies", "accuracy"))
 _KEPT = 4096  # points of a sparkline kept before every second one is dropped
 
 
@@ -108,7 +109,8 @@ class PlainLines(Progress):
             parts += [f"{name} {number(key, line[key])}" for key, name in _SHOWN if key in line]
         else:
             parts = [f"step {self.step}"]
-        parts += [f"{key} {number(key, value)}" for key, value in line.items() if key.startswith("eval/")]
+        if any(key.startswith("eval/") for key in line):
+            parts.append(held_out(line))
         try:
             print("  ".join(parts), file=self.stream, flush=True)
         except (BrokenPipeError, ValueError):
@@ -159,9 +161,20 @@ class LivePanel(Progress):
             if not plain:
                 text.append("  " + sparkline(values, min(40, width - len(row) - 2)), style="cyan")
         if self.evaluation:
-            held = "  ".join(f"{k.removeprefix('eval/')} {number(k, v)}" for k, v in self.evaluation.items())
-            text.append(f"\nheld out {held}"[: width + 1])
+            text.append("\n" + held_out(self.evaluation)[:width])
         return text
+
+
+def held_out(line: dict[str, Any]) -> str:
+    """The few numbers of an evaluation that fit a line, the accuracy with its interval; the files have all."""
+    parts = []
+    for key, name in _HELD:
+        if key in line:
+            parts.append(f"{name} {number(key, line[key])}")
+            low, high = line.get(key + "_low"), line.get(key + "_high")
+            if low is not None and high is not None:
+                parts[-1] += f" [{number(key, low)}, {number(key, high)}]"
+    return "held out: " + "  ".join(parts)
 
 
 def number(key: str, value: Any) -> str:

@@ -52,7 +52,7 @@ def data_dir() -> Path:
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     """A byte-level BPE tokenizer of 300 tokens with BOS, end and pad; any text decodes to itself."""
-    from palate.model.load import train_tokenizer
+    from palate.model.tokenizer import train_tokenizer
 
     return train_tokenizer(CORPUS, 300)
 

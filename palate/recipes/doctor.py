@@ -1,8 +1,10 @@
-"""doctor: what is wrong with a file of preference data, and what to do about it."""
+"""Preference data to findings: what is wrong with it, where, and what to do."""
 
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from palate.recipes.training import stderr
 
 
 class DoctorConfig(BaseModel):
@@ -10,25 +12,29 @@ class DoctorConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    data: Annotated[str, Field(description="JSONL, JSON, CSV or Parquet file, slice of one as FILE[:500], or Hub id")]
+    data: Annotated[str, Field(description="File of pairs, ranked lists, feedback or demonstrations")]
     columns: Annotated[dict[str, str], Field(description="Column names, as chosen=good,rejected=bad")] = {}
     format: Annotated[str | None, Field(description="jsonl, json, csv or parquet, where the name does not tell")] = None
 
 
-def run(config: DoctorConfig, *, verb: str = "doctor", say=print, panel=None, argv=()) -> dict[str, Any]:
-    """The findings as a dict for --json and a table for the screen; exit code 3 where one is an error."""
+def run(config: DoctorConfig, *, verb: str = "doctor", argv=(), say=stderr, panel=None) -> dict[str, Any]:
+    """The findings, as rows and as a table; exit code 3 where one of them is an error."""
     from palate.data.doctor import doctor
 
-    findings = doctor(config.data, columns=dict(config.columns) or None, format=config.format)
-    rows = [
-        {"check": f.check, "severity": f.severity, "count": f.count, "rows": list(f.rows), "fix": f.fix}
-        for f in findings
-    ]
-    errors = sum(row["severity"] == "error" for row in rows)
-    lines = []
-    for row in rows:
-        lines.append(f"{row['severity']:<8} {row['check']:<28} {row['count']:>8,}  {row['fix']}")
-        lines += [f"         {example}" for example in row["rows"]]
-    notes = sum(row["severity"] != "error" for row in rows)
-    lines.append(f"{config.data}: {errors} errors, {notes} notes" if rows else f"{config.data}: nothing found")
-    return {"exit_code": 3 if errors else 0, "errors": errors, "findings": rows, "summary": lines}
+    findings = doctor(config.data, columns=config.columns or None, format=config.format)
+    return findings.as_dict() | {"exit_code": findings.exit_code, "summary": table(config.data, findings)}
+
+
+def table(name: str, findings) -> list[str]:
+    """The findings as lines: check, count, what, examples, what to do."""
+    kind = f"{findings.rows} {findings.kind or 'row'}s" if findings.rows else "no rows"
+    counts = ", ".join(f"{findings.count(severity)} {severity}s" for severity in ("error", "warning", "note"))
+    lines = [f"{name}: {kind} · {counts}", *(f"  {note}" for note in findings.notes)]
+    for finding in findings:
+        code = f" [{finding.code}]" if finding.code else ""
+        lines.append(f"{finding.severity:8}{finding.check}: {finding.count}{code} {finding.what}".rstrip())
+        if finding.rows:
+            lines.append(f"        at {'; '.join(finding.rows)}")
+        if finding.fix:
+            lines.append(f"        do {finding.fix}")
+    return lines
