@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -321,6 +322,60 @@ def test_control_text_in_messages_stays_text(name, kind):
         if kind == "bytes-llama3":
             assert f"hello {text} there" in tokenizer.decode(group.prompt)
             assert f"I say {text} now" in tokenizer.decode(group.completions[0])
+
+
+def random_conversation(rng, control):
+    """A prompt and a completion of one to two replies; half of them with control strings anywhere in the contents."""
+    hostile = rng.random() < 0.5
+
+    def content():
+        text = rng.choice(zoo.CORPUS)
+        at = rng.randrange(len(text) - 1)
+        text = text[at : rng.randrange(at + 1, len(text) + 1)].strip() or "x"
+        at = rng.randrange(len(text) + 1)
+        return text[:at] + rng.choice(control) + rng.choice(["", *control]) + text[at:] if hostile else text
+
+    turns = [Message(role, content()) for _ in range(rng.randrange(1, 5)) for role in ("user", "assistant")]
+    replies = rng.randrange(1, min(3, len(turns) // 2 + 1))
+    return hostile, tuple(turns[: 1 - 2 * replies]), tuple(turns[1 - 2 * replies :])
+
+
+def audit_conversations(name, kind, count):
+    tokenizer = zoo.chat_tokenizer(name, kind)
+    own = ("<think>", "</think>", "<unk>")
+    control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content not in own]
+    control_ids = {tokenizer.convert_tokens_to_ids(text) for text in control}
+    written = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))))
+    rng = random.Random(f"{name} {kind}")
+    for _ in range(count):
+        hostile, prompt, completion = random_conversation(rng, control)
+        calm = [
+            tuple(Message(turn.role, written.sub("q", turn.content)) for turn in side) for side in (prompt, completion)
+        ]
+        group, plain = tokenize(Demonstration(prompt, completion), tokenizer), tokenize(Demonstration(*calm), tokenizer)
+        ids, calm_ids = ([*each.prompt.tolist(), *each.completions[0].tolist()] for each in (group, plain))
+        assert [i for i in ids if i in control_ids] == [i for i in calm_ids if i in control_ids]
+        assert len(group.spans[0]) == len(plain.spans[0])
+        assert group.spans[0][-1][1] == len(group.completions[0])
+        whole = applied(tokenizer, prompt + completion)
+        if not hostile and whole[: len(ids) - (name == "plain-words")] != ids[: len(ids) - (name == "plain-words")]:
+            assert applied(tokenizer, prompt, prompt=True) == group.prompt.tolist()
+            assert decoded(tokenizer, whole).startswith(decoded(tokenizer, ids[: len(ids) - (name == "plain-words")]))
+
+
+OPEN = [name for name in zoo.TEMPLATES if name not in ("deepseek-opens-thought", "mistral-last-system")]
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_random_conversations(name):
+    audit_conversations(name, "bytes-llama3", 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", zoo.KINDS)
+@pytest.mark.parametrize("name", OPEN)
+def test_many_random_conversations(name, kind):
+    audit_conversations(name, kind, 40)
 
 
 def test_what_normalises_to_control_text_stays_text():
