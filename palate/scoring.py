@@ -58,10 +58,9 @@ class Numerics:
         import transformers
 
         path = support(model).path
-        return (
-            f"{self.precision} {path} stream={self.stream} device={model.device.type} threads={torch.get_num_threads()} "
-            f"torch={torch.__version__} transformers={transformers.__version__}"
-        )
+        versions = f"torch={torch.__version__} transformers={transformers.__version__}"
+        where = f"device={model.device.type} threads={torch.get_num_threads()}"
+        return f"{self.precision} {path} stream={self.stream} {where} {versions}"
 
 
 @dataclass(frozen=True)
@@ -217,8 +216,9 @@ def _probe(model: nn.Module) -> Support:
 def _invariant(model: nn.Module, precision: Precision) -> bool:
     """Whether a group's log-probs have the same bits alone, and in streams some hundred tokens longer."""
     (group, *_), _ = _probe_groups(model)
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    long = [replace(group, prompt=np.arange(n, dtype=np.int32) % vocabulary) for n in (64, 200, 331)]
+    config = model.config.get_text_config(decoder=True)
+    room = getattr(config, "max_position_embeddings", 1024) - max(map(len, group.completions))
+    long = [replace(group, prompt=np.arange(min(n, room), dtype=np.int32) % config.vocab_size) for n in (64, 200, 331)]
     numerics = Numerics(precision)
     alone = [logps(model, collate([one]).to(model.device), numerics=numerics).total for one in (group, *long)]
     for many in ([group, *long], [*long[::-1], group], [long[1], group], [long[0], group, long[0], long[1]]):

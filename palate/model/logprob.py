@@ -98,7 +98,7 @@ class _TargetLogps(torch.autograd.Function):
                     logits, [part, *parameters], slope.to(logits.dtype), allow_unused=True
                 )
                 row_gradients.append(first)
-                sums = [new if old is None else old if new is None else old.add_(new) for old, new in zip(sums, rest)]
+                sums = [new if old is None else old if new is None else old.add_(new) for old, new in zip(sums, rest, strict=True)]
         return torch.cat(row_gradients), None, None, None, None, *sums
 
 

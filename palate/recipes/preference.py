@@ -171,21 +171,22 @@ def pair_verdict(before: dict, after: dict) -> tuple[bool, str]:
     """Better: the interval of held-out accuracy lies above one half."""
     key = "eval/rewards/accuracies"
     if key not in after:
-        return False, "verdict: no held-out pairs, so nothing is shown"
+        return False, "no held-out pairs, so nothing is shown"
     low, high = after[f"{key}_low"], after[f"{key}_high"]
     word = "better" if low > 0.5 else "worse" if high < 0.5 else "not shown to be better"
     return low > 0.5, (
-        f"verdict: {word}: on {after['eval/count']:.0f} held-out pairs the chosen completion has the larger implicit "
-        f"reward in {after[key]:.1%} [{low:.1%}, {high:.1%}], loss {before['eval/loss']:.4f} to {after['eval/loss']:.4f}"
+        f"{word}: on {after['eval/count']:.0f} held-out pairs the chosen completion has the larger implicit "
+        f"reward in {after[key]:.1%} [{low:.1%}, {high:.1%}]; loss {before['eval/loss']:.4f} to "
+        f"{after['eval/loss']:.4f}"
     )
 
 
 def feedback_verdict(before: dict, after: dict) -> tuple[bool, str]:
     """Better: held-out loss fell."""
     if "eval/loss" not in after:
-        return False, "verdict: no held-out feedback, so nothing is shown"
+        return False, "no held-out feedback, so nothing is shown"
     better = after["eval/loss"] < before["eval/loss"]
     return better, (
-        f"verdict: held-out loss {before['eval/loss']:.4f} to {after['eval/loss']:.4f}, reward of wanted completions "
+        f"held-out loss {before['eval/loss']:.4f} to {after['eval/loss']:.4f}, reward of wanted completions "
         f"{after['eval/rewards/chosen']:+.3f}, of unwanted {after['eval/rewards/rejected']:+.3f}"
     )

@@ -1,12 +1,12 @@
-"""runs: what the run folders below one root hold; reads their files only."""
+"""Runs that lie in a folder: list them, show one, say how two differ."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from palate.errors import NotThereError, RefusedError, UsageError
+from palate.errors import NotThereError, UsageError
+from palate.recipes.training import stderr
 
 
 class RunsConfig(BaseModel):
@@ -14,104 +14,69 @@ class RunsConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    action: Annotated[Literal["list", "show", "diff"], Field(description="list, show or diff")] = "list"
-    run: Annotated[str | None, Field(description="A run: its folder, or its name below --root")] = None
-    other: Annotated[str | None, Field(description="The run to compare it with")] = None
-    root: Annotated[str, Field(description="Folder of the runs")] = "runs"
+    action: Annotated[Literal["list", "show", "diff"], Field(description="list, show RUN or diff RUN OTHER")] = "list"
+    run: Annotated[str | None, Field(description="A run folder; for list the folder that holds runs")] = None
+    other: Annotated[str | None, Field(description="The run to compare with")] = None
 
 
-def run(config: RunsConfig, *, verb: str = "runs", say=print, panel=None, argv=()) -> dict[str, Any]:
-    """The runs as dicts for --json and lines for the screen. Raises NotThereError where a run is not."""
+def run(config: RunsConfig, *, verb: str = "runs", argv=(), say=stderr, panel=None) -> dict[str, Any]:
+    """What was asked for, as an object and as lines."""
     if config.action == "list":
-        root = Path(config.root)
-        found = [facts(folder) for folder in sorted(root.iterdir()) if _is_run(folder)] if root.is_dir() else []
-        lines = [f"{f['name']:<24} {f['verb']:<8} {f['status']:<12} {_last(f)}" for f in found]
-        return {"runs": found, "summary": lines or [f"no runs below {root}"]}
+        found = [summary(path.parent) for path in sorted(Path(config.run or "runs").glob("*/run.json"))]
+        lines = [
+            f"{row['run']:24} {row['status']:12} {row['verb']:8} step {row['step']:<6} {row['verdict']}"
+            for row in found
+        ]
+        return {"runs": found, "summary": lines or [f"no runs in {config.run or 'runs'}"]}
     if config.run is None or (config.action == "diff" and config.other is None):
-        need = "RUN" if config.action == "show" else "A B"
-        raise UsageError(f"runs {config.action} needs {need}", next=f"write palate runs {config.action} {need}")
-    first = facts(_folder(config, config.run))
+        needs = "a run folder" if config.action == "show" else "two run folders"
+        raise UsageError(f"palate runs {config.action} needs {needs}", code="E300", next="palate runs list names them")
+    first = _read(config.run)
     if config.action == "show":
-        lines = [f"{key:<12} {json.dumps(value, ensure_ascii=False)}" for key, value in first.items()]
-        return {"run": first, "summary": lines}
-    second = facts(_folder(config, config.other))
-    one, two = _flat(first), _flat(second)
-    changed = {key: [one.get(key), two.get(key)] for key in {**one, **two} if one.get(key) != two.get(key)}
-    lines = [f"{key:<32} {a!s:<24} {b!s}" for key, (a, b) in changed.items()]
-    return {"diff": changed, "summary": lines or ["no difference"]}
+        row = summary(Path(config.run))
+        lines = [f"{key:10} {value}" for key, value in row.items()]
+        lines += [f"{key:28} {value}" for key, value in sorted(_flat(first["config"]).items())]
+        return {"run": row, "config": first["config"], "summary": lines}
+    one, two = _flat(first["config"]), _flat(_read(config.other)["config"])
+    differing = {key: [one.get(key), two.get(key)] for key in sorted({*one, *two}) if one.get(key) != two.get(key)}
+    lines = [f"{key:28} {a!s:24} {b}" for key, (a, b) in differing.items()]
+    ends = [summary(Path(name)) for name in (config.run, config.other)]
+    lines += [f"{key:28} {ends[0][key]!s:24} {ends[1][key]}" for key in ("status", "step", "verdict")]
+    return {"differences": differing, "runs": ends, "summary": lines}
 
 
-def facts(folder: Path) -> dict[str, Any]:
-    """What a run folder says about itself: name, verb, status, times, verdict, config, the last logged step."""
-    about = _read_json(folder / "run.json")
+def summary(path: Path) -> dict[str, Any]:
+    """Status, verb, last step and verdict of a run folder."""
+    from palate.run import read_lines, status_of
+
+    record = _read(str(path))["record"]
+    steps = [line["step"] for line in read_lines(path / "metrics.jsonl")]
     return {
-        "name": folder.name,
-        "verb": about.get("verb", "?"),
-        "status": about.get("status", "?"),
-        **{key: about[key] for key in ("seed", "times", "verdict", "versions") if key in about},
-        "config": _config(folder / "config.yaml"),
-        "last": _last_step(folder / "metrics.jsonl"),
+        "run": str(path),
+        "status": status_of(path),
+        "verb": record.get("verb"),
+        "step": max(steps, default=0),
+        "verdict": str(record.get("verdict") or ""),
     }
 
 
-def _is_run(folder: Path) -> bool:
-    return (folder / "run.json").is_file()
-
-
-def _folder(config: RunsConfig, name: str) -> Path:
-    for folder in (Path(name), Path(config.root) / name):
-        if _is_run(folder):
-            return folder
-    there = sorted(p.name for p in Path(config.root).iterdir() if _is_run(p)) if Path(config.root).is_dir() else []
-    hint = f"use one of {', '.join(there[:10])}" if there else "check the name, or give --root"
-    raise NotThereError("no such run", where=name, code="E101", next=hint)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError):
-        raise RefusedError(
-            "cannot be read as JSON", where=str(path), code="E501", next="check the run folder"
-        ) from None
-    return found if isinstance(found, dict) else {}
-
-
-def _config(path: Path) -> dict[str, Any]:
+def _read(name: str) -> dict[str, Any]:
     import yaml
 
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
+    from palate.files import read_json
 
-
-def _last_step(path: Path) -> dict[str, Any]:
-    """The last whole line of the metrics that is a step; a line cut by a kill is passed over."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError):
-        return {}
-    for line in reversed(lines):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "loss" in row:
-            return row
-    return {}
-
-
-def _last(found: dict[str, Any]) -> str:
-    last = found["last"]
-    return f"step {last.get('step', '?')}  loss {last['loss']:.4g}" if last else "no steps"
+    path = Path(name)
+    if not (path / "run.json").exists():
+        raise NotThereError("there is no run here", where=name, code="E101", next="palate runs list names them")
+    config = path / "config.yaml"
+    return {
+        "record": read_json(path / "run.json"),
+        "config": yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else {},
+    }
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in table.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat

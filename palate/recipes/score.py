@@ -1,6 +1,5 @@
 """Log-probs, implicit rewards and margins of a data file under a model, and a reference where one is named."""
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,6 +38,7 @@ def run(config: ScoreConfig, *, verb: str = "score", argv=(), say=stderr, panel=
     `chosen_reference rejected_reference chosen_reward rejected_reward margin`); for other records `logps tokens`.
     """
     from palate.data.batch import scored_length
+    from palate.data.sources import read_any
     from palate.data.template import load_template
     from palate.data.tokens import tokenize
     from palate.files import write_json_lines
@@ -50,7 +50,9 @@ def run(config: ScoreConfig, *, verb: str = "score", argv=(), say=stderr, panel=
 
     if Path(config.out).exists():
         raise UsageError(f"{config.out} exists already", code="E313", next="name another --out")
-    records = read_any(config)
+    records = read_any(config.data, columns=config.columns or None, format=config.format, bad_rows=config.bad_rows)
+    for note in records.notes:
+        say(f"data: {note}")
     options = dict(device=config.device, trust_remote_code=config.trust_remote_code, revision=config.revision)
     policy = load(config.model, **options)
     if config.chat_template is not None:
@@ -106,23 +108,6 @@ def run(config: ScoreConfig, *, verb: str = "score", argv=(), say=stderr, panel=
         result["margin"] = sum(margins) / len(margins)
     shown = [f"{name} {result[name]:.4g}" for name in ("accuracy", "ties", "margin") if name in result]
     return result | {"summary": f"{config.out}: {len(rows)} rows" + "".join(f", {text}" for text in shown)}
-
-
-def read_any(config):
-    """Records of whatever the file holds: pairs first, then feedback, then demonstrations."""
-    from palate.data.sources import read_demonstrations, read_feedback, read_pairs
-
-    readers = [
-        partial(read, columns=config.columns or None, format=config.format, bad_rows=config.bad_rows)
-        for read in (read_pairs, read_feedback, read_demonstrations)
-    ]
-    first = None
-    for read in readers:
-        try:
-            return read(config.data)
-        except DataError as error:
-            first = first or error
-    raise first
 
 
 def _row(group, totals, reference, lengths, beta: float) -> dict[str, Any]:

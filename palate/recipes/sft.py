@@ -37,8 +37,8 @@ def run(config: SftConfig, *, verb: str = "sft", argv=(), say=stderr, panel=None
 def verdict(before: dict, after: dict) -> tuple[bool, str]:
     """Better: held-out nats per token fell."""
     if "eval/loss" not in after:
-        return False, "verdict: no held-out rows, so nothing is shown"
+        return False, "no held-out rows, so nothing is shown"
     return after["eval/loss"] < before["eval/loss"], (
-        f"verdict: held-out {before['eval/loss']:.4f} to {after['eval/loss']:.4f} nats a token "
+        f"held-out {before['eval/loss']:.4f} to {after['eval/loss']:.4f} nats a token "
         f"on {after['eval/count']:.0f} tokens"
     )

@@ -261,6 +261,7 @@ def plan_lines(config, loaded, rows: Rows, *, steps: int, rate: float, reason: s
     micro = min(config.train.tokens, sum(lengths))
     text = model.config.get_text_config(decoder=True)
     activations = micro * text.hidden_size * text.num_hidden_layers * 4 * (4 if config.train.checkpointing else 22)
+    kept = config.train.keep + 1  # the last ones and the best
     head = min(2**25, micro * text.vocab_size) * 4 * 2
     lines = [
         f"model      {loaded.name}: {model.num_parameters():,} parameters, {support(model).path} prompts"
@@ -271,7 +272,7 @@ def plan_lines(config, loaded, rows: Rows, *, steps: int, rate: float, reason: s
         f"{precision}",
         f"memory     weights {_mb(weights)}, gradients {_mb(trained)}, optimizer {_mb(2 * trained)}, activations about "
         f"{_mb(activations)}, head about {_mb(head)}",
-        f"disk       {_mb(weights + (config.train.keep + 1) * 3 * trained)} (model and {config.train.keep + 1} checkpoints)",
+        f"disk       {_mb(weights + kept * 3 * trained)}: the model and {kept} checkpoints",
     ]
     if seconds is not None:
         lines.append(f"time       about {_clock(seconds * steps)} ({seconds:.1f} s a step, from one micro-batch)")
@@ -279,19 +280,18 @@ def plan_lines(config, loaded, rows: Rows, *, steps: int, rate: float, reason: s
 
 
 def preview(tokenizer, group) -> list[str]:
-    """One row as the loss sees it: the prompt, each completion with its scored tokens in brackets, the end token too."""
+    """One row as the loss sees it: prompt and completions token by token, the scored ones in brackets."""
     lines = [f"prompt     {tokenizer.decode(group.prompt.tolist())!r}  ({len(group.prompt)} tokens)"]
+    names = tokenizer.convert_ids_to_tokens
     for ids, spans in zip(group.completions, group.spans, strict=True):
         scored = {i for start, stop in spans for i in range(start, stop)}
-        shown = "".join(
-            f"[{tokenizer.decode([t])}]" if i in scored else tokenizer.decode([t]) for i, t in enumerate(ids.tolist())
-        )
-        lines.append(f"completion {shown!r}  ({len(scored)} scored)")
+        shown = " ".join(f"[{name}]" if i in scored else name for i, name in enumerate(names(ids.tolist())))
+        lines.append(f"completion {shown}  ({len(scored)} scored)")
     return lines
 
 
 def micro_seconds(model, groups, objective, tokens: int, batch: int) -> float:
-    """Seconds an optimizer step should take: one micro-batch forward and backward, scaled by tokens. Moves no weight."""
+    """Seconds a step should take: one micro-batch forward and backward, scaled by tokens. Moves no weight."""
     from palate.data.batch import stream_length
     from palate.data.stream import pack
 
@@ -446,7 +446,7 @@ def dry_run(config: TrainingConfig, prepared: Prepared, say: Say) -> dict[str, A
         seconds=seconds,
     )
     lines += [line for group in rows.train[:2] for line in preview(prepared.loaded.tokenizer, group)]
-    return {"plan": lines, "steps": prepared.steps, "rows": rows.counts, "lr": prepared.rate, "text": "\n".join(lines)}
+    return {"plan": lines, "steps": prepared.steps, "rows": rows.counts, "lr": prepared.rate, "summary": lines}
 
 
 def train(
@@ -469,7 +469,7 @@ def train(
     from palate.data.stream import stream
     from palate.evaluation.preference import evaluate
     from palate.model.load import save
-    from palate.run import Run
+    from palate.run import Run, read_lines
     from palate.train import checkpoint
     from palate.train.fit import fit
     from palate.train.loop import TrainState
@@ -529,7 +529,7 @@ def train(
             if held:
                 run.log({"step": 0} | evaluation() | {"time": time.time()})
             if config.samples and held:
-                run.samples(sample_rows(model, tokenizer, held[: config.samples], "before", 0))
+                run.samples(sample_rows(model, tokenizer, held[: config.samples], 0))
         fifth = max(1, prepared.steps // 5)
         batches = stream(
             groups,
@@ -561,13 +561,13 @@ def train(
         if not ranks.first:
             return {}
         if config.samples and held:
-            run.samples(sample_rows(model, tokenizer, held[: config.samples], "after", state.step))
+            first = [row for row in read_lines(run.path / "samples.jsonl") if row["step"] == 0]
+            run.samples(sample_rows(model, tokenizer, held[: config.samples], state.step, first))
         if not (run.path / "model").exists():
             save(model, tokenizer, run.path / "model")
         evals = [line for line in run.metrics() if "eval/loss" in line]
         before, after = (evals[0], evals[-1]) if evals else ({}, {})
         is_better, sentence = verdict(before, after)
-        say(sentence)
         result = {
             "out": str(run.path),
             "model": str(run.path / "model"),
@@ -578,11 +578,21 @@ def train(
             "after": _evals(after),
             "data": rows.counts,
             **facts,
+            "summary": [
+                f"verdict    {sentence}",
+                f"model      {run.path / 'model'}",
+                f"next       {after_that(run.path)}",
+            ],
         }
         run.finish(result)
     if config.require_better:
         require(is_better, sentence)
     return result
+
+
+def after_that(path: Path) -> str:
+    """Commands that go on from a finished run."""
+    return f"palate generate --model {path} --data PROMPTS --out FILE · palate runs show {path}"
 
 
 def _evals(line: dict[str, Any]) -> dict[str, Any]:
@@ -594,21 +604,28 @@ def _no_panel(total: int):
     yield lambda line: None
 
 
-def sample_rows(model, tokenizer, groups, name: str, step: int) -> list[dict[str, Any]]:
-    """Completions of the groups' prompts as the model gives them now (temperature 0.7, fixed seed): rows for samples.jsonl."""
+def sample_rows(model, tokenizer, groups, step: int, before: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+    """Rows for samples.jsonl: the groups' prompts completed as the model is now (temperature 0.7, a fixed seed).
+
+    before: the rows of step 0, whose completions stand beside these.
+    """
     from palate.data.tokens import end_tokens
     from palate.sampling.generate import generate
 
     prompts = [group.prompt for group in groups]
     made = generate(model, tokenizer, prompts, max_tokens=64, temperature=0.7, seed=0, end_ids=end_tokens(tokenizer))
-    return [
-        {
-            "prompt": tokenizer.decode(prompts[sample.prompt].tolist()),
-            name: tokenizer.decode(sample.ids.tolist()),
-            "logp": sample.logp,
-            "tokens": len(sample.ids),
-            "finished": sample.finished,
-            "step": step,
-        }
-        for sample in made
-    ]
+    rows = []
+    for number, sample in enumerate(made):
+        text = tokenizer.decode(sample.ids.tolist())
+        rows.append(
+            {
+                "step": step,
+                "prompt": tokenizer.decode(prompts[sample.prompt].tolist()),
+                "before": before[number]["before"] if before else text,
+                "after": text if before else None,
+                "logp": sample.logp,
+                "tokens": len(sample.ids),
+                "finished": sample.finished,
+            }
+        )
+    return rows

@@ -1,4 +1,4 @@
-"""The only loop: steps() turns batches into optimizer updates, one Step at a time; what would be a callback is your body.
+"""The only loop: steps() turns batches into optimizer updates, one Step at a time; a callback is a line of your body.
 
 fit() in `palate.train.fit` adds logging, evaluation, checkpoints and signals on top of it.
 """

@@ -1,4 +1,4 @@
-"""Objectives: (model, batch) -> a loss with its count, and the numbers people watch. They bind a loss to a forward pass.
+"""Objectives: (model, batch) -> a loss with its count, and the numbers people watch; a loss bound to a forward pass.
 
 A loss is summed here and divided by the whole step's units in the loop, so the cut into micro-batches and ranks moves
 no number.
@@ -89,7 +89,7 @@ class _Loss:
         return losses.start_values(self.name, columns, **self.options).detach() if self.reference else None
 
     def _rewards(self, total: Tensor, reference: Tensor | None, length: Tensor) -> Tensor:
-        """Implicit rewards: beta times the log-ratio (the log-prob without a reference), per token where the loss is."""
+        """Implicit rewards: beta times the log-ratio (without reference the log-prob), per token where the loss is."""
         values = total if reference is None else total - reference
         if losses.is_normalised(self.name, self.options):
             values = values / length
@@ -260,7 +260,7 @@ def completion_nll(numerics: "Numerics | None" = None) -> Imitation:
 def pair_metrics(total, length, better, worse, reference, rewards) -> dict[str, Tally]:
     """Tallies of a batch of pairs under their public names; a tie in margin is not accurate, and has its own share.
 
-    total, length: (S,). better, worse: (P,) indices. reference: (S,) or None. rewards: (total, reference, length) -> (S,).
+    total, length, reference: (S,). better, worse: (P,) indices. rewards: (total, reference, length) -> (S,).
     """
     values = rewards(total, reference, length)
     margin = values[better] - values[worse]

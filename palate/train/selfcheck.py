@@ -1,7 +1,7 @@
-"""The check at the start: where the reference is the starting policy, step 0 has a closed form. It is cheap and sharp.
+"""The check at the start: where the reference is the starting policy, step 0 has a closed form.
 
-Most silent bugs of preference training (another template, dropout, a stale or wrong reference, another dtype) show here,
-before a single weight has moved.
+It is cheap and sharp: most silent bugs of preference training (another template, dropout, a stale or wrong reference,
+another dtype) show here, before a single weight has moved.
 """
 
 from collections.abc import Sequence
@@ -73,7 +73,7 @@ def check_start(outcomes: Sequence[Outcome], objective: Objective, suspects) -> 
 
 
 def _reach(outcomes: Sequence[Outcome], objective: Objective) -> float:
-    """How far the log-ratios that were seen can move the loss from its closed form: its largest value on their corners."""
+    """How far the log-ratios that were seen can move the loss from its closed form: the most at their corners."""
     farthest = max((float(o.log_ratio.abs().max()) for o in outcomes if o.log_ratio is not None), default=0.0)
     if farthest == 0.0 or losses.info(objective.name).kind != "pairwise":
         return 4 * farthest
