@@ -7,21 +7,22 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
 
 from palate.errors import ModelError, UsageError
+from palate.model import Model
 
 
 def add_lora(
-    model: nn.Module,
+    model: Model,
     rank: int,
     alpha: float | None = None,
     *,
     seed: int = 0,
     targets: str | list[str] = "all-linear",
-) -> nn.Module:
+) -> Model:
     """`model` wrapped by peft, all of it frozen but new adapters; its outputs are the same until they are trained.
 
     rank: columns of A, >= 1. alpha: the update is scaled by alpha / rank; 2 * rank unless given.
@@ -35,9 +36,10 @@ def add_lora(
         raise UsageError(f"a LoRA rank is at least 1, not {rank}")
     if alpha is not None and not alpha > 0:
         raise UsageError(f"lora_alpha is above 0, not {alpha}")
+    scale: Any = 2 * rank if alpha is None else alpha  # peft says int and takes fractions
     config = LoraConfig(
         r=rank,
-        lora_alpha=2 * rank if alpha is None else alpha,
+        lora_alpha=scale,
         target_modules=targets,
         lora_dropout=0.0,
         bias="none",
@@ -57,22 +59,23 @@ def add_lora(
     finally:
         torch.default_generator.set_state(state)
     # peft keeps a set, whose order in the saved file would change from process to process.
-    adapted.peft_config["default"].target_modules = sorted(adapted.peft_config["default"].target_modules)
+    chosen: Any = adapted.peft_config["default"]
+    chosen.target_modules = sorted(chosen.target_modules)
     return adapted.train(training)
 
 
-def is_adapted(model: nn.Module) -> bool:
+def is_adapted(model: Model) -> bool:
     """Whether peft wraps the model."""
     return hasattr(model, "peft_config") and hasattr(model, "disable_adapter") and hasattr(model, "get_base_model")
 
 
-def trainable_names(model: nn.Module) -> list[str]:
+def trainable_names(model: Model) -> list[str]:
     """The names of the parameters that an optimizer may move."""
     return [name for name, weight in model.named_parameters() if weight.requires_grad]
 
 
 @contextmanager
-def reference_mode(model: nn.Module) -> Iterator[nn.Module]:
+def reference_mode(model: Model) -> Iterator[Model]:
     """Within, `model` is what it was before its adapter; afterwards it is as before, gradients' flags included.
 
     Only an adapted model has a reference inside; ValueError for others: the policy would be its own reference.
@@ -88,7 +91,7 @@ def reference_mode(model: nn.Module) -> Iterator[nn.Module]:
             weight.requires_grad_(flag)
 
 
-def merged_copy(model: nn.Module) -> nn.Module:
+def merged_copy(model: Model) -> Model:
     """A plain transformers model in eval mode with the adapter added to its weights; `model` itself stays as it is."""
     if not is_adapted(model):
         raise ValueError("the model has no adapter to merge")

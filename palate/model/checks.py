@@ -173,7 +173,7 @@ def check_safetensors(path: str | os.PathLike) -> list[str]:
         if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(at) is int for at in offsets):
             refuse(f"data_offsets {shown(offsets)} are not two numbers", name)
         begin, end = offsets
-        bits = 8 if entry["dtype"] == "BOOL" else int(re.search(r"\d+", entry["dtype"])[0])
+        bits = 8 if entry["dtype"] == "BOOL" else int(re.findall(r"\d+", entry["dtype"])[0])
         for side in shape:
             bits *= side
         if end - begin != (bits + 7) // 8:

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from palate.model import Model
 
 _VERSION = b"palate-fingerprint-1"
 
@@ -34,7 +36,7 @@ _IRRELEVANT = re.compile(
 )
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: Model) -> str:
     """64 hex digits: SHA-256 over weights, persistent buffers and the config keys that the forward may read.
 
     Names, dtypes, shapes and bytes all count; tied weights count under each of their names. The folder, the device,
@@ -45,13 +47,13 @@ def fingerprint(model: nn.Module) -> str:
     return _digest(base, model.state_dict(keep_vars=True), adapters)
 
 
-def base_fingerprint(model: nn.Module) -> str:
+def base_fingerprint(model: Model) -> str:
     """The `fingerprint` of the model below its adapters: what it was before peft wrapped it."""
     base = _unwrapped(model)
     return _digest(base, dict(_below_adapters(base.state_dict(keep_vars=True))), None)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def _unwrapped(model: Model) -> Model:
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
@@ -64,7 +66,7 @@ def _below_adapters(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         yield ".".join(part for part in parts if part not in ("base_layer", "original_module")), tensor
 
 
-def _digest(model: nn.Module, state: dict[str, Tensor], adapters: dict | None) -> str:
+def _digest(model: Model, state: dict[str, Tensor], adapters: dict | None) -> str:
     whole = hashlib.sha256(_VERSION)
     facts = {"class": type(model).__name__, "code": _foreign_code(model), "config": _plain(model.config.to_dict())}
     if adapters:
@@ -91,7 +93,7 @@ def _bytes_digest(tensor: Tensor) -> str:
     flat = tensor.contiguous().reshape(-1)
     digest = hashlib.sha256()
     for piece in flat.split(1 << 24):  # bounds what is copied from a device at once
-        digest.update(piece.cpu().view(torch.uint8).numpy())
+        digest.update(piece.cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -106,7 +108,7 @@ def _plain(value):
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
-def _foreign_code(model: nn.Module) -> str | None:
+def _foreign_code(model: Model) -> str | None:
     """SHA-256 of the source that defines the model where it is not transformers' own: such code can change alone."""
     module = type(model).__module__
     if module.split(".")[0] == "transformers" or module not in sys.modules:

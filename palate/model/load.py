@@ -17,13 +17,14 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
 from palate.errors import MachineError, ModelError, NotThereError, PalateError, UsageError
 from palate.files import machine_errors, new_folder, verify_folder
+from palate.model import Model
 from palate.model.adapters import is_adapted, merged_copy
 from palate.model.checks import (
     TOKENIZER_FILES,
@@ -57,8 +58,8 @@ class LoadedModel:
     notes: what a user should hear, one line each.
     """
 
-    model: nn.Module
-    tokenizer: object | None
+    model: Model
+    tokenizer: Any
     name: str
     path: Path | None = None
     notes: tuple[str, ...] = ()
@@ -127,7 +128,7 @@ class _How:
 
 
 def save(
-    model: nn.Module,
+    model: Model,
     tokenizer,
     folder: str | os.PathLike,
     *,
@@ -193,7 +194,7 @@ def with_tokenizer(loaded: LoadedModel, texts: Iterable[str]) -> LoadedModel:
     return replace(loaded, tokenizer=tokenizer, notes=(*loaded.notes, note))
 
 
-def context(model: nn.Module) -> int | None:
+def context(model: Model) -> int | None:
     """How many tokens the model takes at once; None where its config names no bound (no learnt or scaled positions)."""
     config = model.config.get_text_config()
     for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx"):
@@ -223,7 +224,7 @@ def quiet() -> Iterator[None]:
 
 def _named(loaded: LoadedModel, name: str | None = None) -> LoadedModel:
     """What an adapter trained on this model will name as its base: a Hub id, or a path that holds in any folder."""
-    name = name or str(loaded.path.resolve())
+    name = name or str(Path(loaded.path or loaded.name).resolve())
     loaded.model.name_or_path = loaded.model.config._name_or_path = name
     return loaded
 
@@ -364,7 +365,7 @@ def _snapshot(hub_id: str, how: _How) -> Path:
 # --- what transformers is asked --------------------------------------------------------------------------------------
 
 
-def _pretrained(folder: Path, how: _How, **extra) -> nn.Module:
+def _pretrained(folder: Path, how: _How, **extra) -> Model:
     from transformers import AutoModelForCausalLM
 
     with _refusing(str(folder), "E404"), quiet():
@@ -433,7 +434,7 @@ def _checked(loaded: LoadedModel, how: _How) -> LoadedModel:
 
 
 @torch.no_grad()
-def _check_causal(model: nn.Module, where: str) -> None:
+def _check_causal(model: Model, where: str) -> None:
     """A later token must not move an earlier prediction: encoders such as BERT load as well, and look ahead."""
     rows = model.get_input_embeddings().weight.shape[0]
     length = min(6, context(model) or 6)
@@ -462,7 +463,7 @@ def _used_tokens(tokenizer) -> set[str]:
     return set(tokenizer.get_vocab()) - idle
 
 
-def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+def _cast(model: Model, dtype: torch.dtype) -> None:
     """Casts the weights as from_pretrained would: `model.to(dtype)` would round the rotary frequencies as well."""
     for module in model.modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -471,7 +472,7 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
     model.config.dtype = dtype
 
 
-def _adopt_ids(model: nn.Module, tokenizer) -> None:
+def _adopt_ids(model: Model, tokenizer) -> None:
     for config in (model.config, getattr(model, "generation_config", None)):
         if config is not None:
             config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -484,7 +485,7 @@ _ADAPTER_FACTS = "palate.json"
 
 
 @contextmanager
-def _savable(model: nn.Module) -> Iterator[None]:
+def _savable(model: Model) -> Iterator[None]:
     """Within, what transformers writes of the model is valid; afterwards the model is as it was."""
     before = model.config, getattr(model, "generation_config", None)
     model.config = copy.deepcopy(model.config)
@@ -522,7 +523,7 @@ def _scrub_config(path: Path) -> None:
         path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _content(model: nn.Module, tokenizer, card: str | None) -> str:
+def _content(model: Model, tokenizer, card: str | None) -> str:
     """SHA-256 of all that a saved folder depends on."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = [fingerprint(model), backend.to_str() if backend is not None else str(tokenizer), card]
@@ -545,7 +546,7 @@ def _writing(folder: Path) -> Iterator[None]:
             raise MachineError(f"cannot be written: {first_line(error)}", where=str(folder), code="E505") from error
 
 
-def _save_adapter(model: nn.Module, folder: Path) -> None:
+def _save_adapter(model: Model, folder: Path) -> None:
     content = {"content": _content(model, None, None)}
     if _is_there(folder, content):
         return
@@ -556,7 +557,7 @@ def _save_adapter(model: nn.Module, folder: Path) -> None:
         (tmp / _ADAPTER_FACTS).write_text(json.dumps(facts) + "\n", encoding="utf-8")
 
 
-def _verify(model: nn.Module, plain: nn.Module, folder: Path) -> None:
+def _verify(model: Model, plain: Model, folder: Path) -> None:
     """Loads `folder` again and compares it with what was to be saved."""
     from transformers import AutoModelForCausalLM
 
@@ -590,7 +591,7 @@ def _verify(model: nn.Module, plain: nn.Module, folder: Path) -> None:
 
 
 @torch.no_grad()
-def _probe(model: nn.Module) -> torch.Tensor:
+def _probe(model: Model) -> torch.Tensor:
     """Logits of one short row in eval mode, float32."""
     rows = model.get_input_embeddings().weight.shape[0]
     length = min(12, context(model) or 12)
@@ -631,7 +632,7 @@ def _device(value: str | torch.device) -> torch.device:
     return device
 
 
-def _dtype_name(model: nn.Module) -> str:
+def _dtype_name(model: Model) -> str:
     return str(next(iter(model.parameters())).dtype).removeprefix("torch.")
 
 

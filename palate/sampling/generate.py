@@ -8,12 +8,14 @@ import hashlib
 import inspect
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from palate.errors import DataError, NotFiniteError, UsageError
+from palate.model import Model
 from palate.model.load import context
 
 
@@ -36,7 +38,7 @@ class Sample:
 
 
 def generate(
-    model: nn.Module,
+    model: Model,
     tokenizer,
     prompts: Sequence[np.ndarray],
     *,
@@ -102,9 +104,9 @@ class _Call:
         # Recurrent models keep their state under other names: they are computed anew each step, unpadded.
         self.cached = "past_key_values" in self.takes and not getattr(base, "_is_stateful", False)
 
-    def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache) -> tuple[Tensor, object]:
+    def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache) -> tuple[Tensor, Any]:
         """Logits of the last place, (B, V) float32, and the cache that now holds `ids`."""
-        inputs = {"input_ids": ids, "use_cache": self.cached}
+        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": self.cached}
         if "attention_mask" in self.takes:
             inputs["attention_mask"] = mask
         if "position_ids" in self.takes:

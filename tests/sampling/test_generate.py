@@ -111,11 +111,18 @@ def test_logps_are_those_of_one_plain_forward_whatever_the_temperature(kind):
             assert len(sample.ids) == len(sample.token_logps)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3", "mamba"])
-@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize(
+    "kind, temperature", [("llama", 0), ("llama", 1.0), ("gpt2", 1.0), ("gemma3", 1.0), ("mamba", 0.8)]
+)
 def test_a_batch_changes_nothing(kind, temperature):
     model, rows = make(kind), prompts(9)
-    how = {"max_tokens": 10, "temperature": temperature, "samples": 3, "seed": 4, "end_ids": {2, 5, 6}}
+    how = {
+        "max_tokens": 3 if kind == "mamba" else 10,
+        "temperature": temperature,
+        "samples": 3,
+        "seed": 4,
+        "end_ids": {2, 5, 6},
+    }
     whole = generate(model, Ends(), rows, **how)
     assert [(s.prompt, s.sample) for s in whole] == list(itertools.product(range(9), range(3)))
     same(generate(model, Ends(), rows, batch_tokens=1, **how), whole)
