@@ -51,6 +51,7 @@ class View:
     names: Mapping[str, str] = field(default_factory=dict)
     untyped: bool = False
     warnings: list[str] = field(default_factory=list)
+    splits: list[str] = field(default_factory=list)
 
     def name(self, column: str) -> str:
         return self.names.get(column, column)
@@ -297,8 +298,8 @@ def split_messages(sides: dict[str, Text]) -> tuple[Text, list[Text]]:
     return prompt, [value[shared:] for value in values]
 
 
-def split_strings(chosen: str, rejected: str, names: tuple[str, str]) -> tuple[str, str, str]:
-    """(prompt, chosen, rejected) of two whole dialogues; raises RowError.
+def split_strings(chosen: str, rejected: str, names: tuple[str, str]) -> tuple[str, str, str, str]:
+    """(prompt, chosen, rejected) of two whole dialogues, and where they were split; raises RowError.
 
     Human/Assistant transcripts split at the last "\\n\\nAssistant:", other text at the longest common beginning that
     ends before the last reply: at its last marker of a reply, else at its last white space.
@@ -312,7 +313,7 @@ def split_strings(chosen: str, rejected: str, names: tuple[str, str]) -> tuple[s
             turn = chosen.count("\n\nHuman:", 0, common) + chosen.count(_HH, 0, common)
             what = f"the prompts of the two sides differ, first in turn {max(turn, 1)} (character {common + 1})"
             raise RowError("E217", what, "fix the pair or use --bad-rows skip", names[1])
-        cut = cuts[0]
+        cut, where = cuts[0], 'the last "\\n\\nAssistant:"'
     else:
         common = _common(chosen, rejected)
         if chosen == rejected:
@@ -320,11 +321,12 @@ def split_strings(chosen: str, rejected: str, names: tuple[str, str]) -> tuple[s
         marks = [m.end() for m in _MARKERS.finditer(chosen) if m.end() <= common]
         marks = [end for end in marks if chosen[end:].strip() and rejected[end:].strip()]
         cut = marks[-1] if marks else _word_cut(chosen, rejected, common)
+        where = "the last marker of a reply" if marks else "the end of the longest common beginning in whole words"
     prompt, chosen_rest, rejected_rest = chosen[:cut], chosen[cut:], rejected[cut:]
     if not prompt.strip():
         what = "chosen and rejected share no beginning that could be the prompt"
         raise RowError("E217", what, "name the prompt's column: --columns prompt=NAME", names[1])
-    return prompt, checked_completion(chosen_rest, names[0]), checked_completion(rejected_rest, names[1])
+    return prompt, checked_completion(chosen_rest, names[0]), checked_completion(rejected_rest, names[1]), where
 
 
 def _common(a: str, b: str) -> int:
@@ -363,9 +365,11 @@ def pair(
     if prompt is None:
         one_form(sides)
         if isinstance(chosen, str):
-            prompt, *rests = split_strings(chosen, rejected, names)
+            prompt, *rests, where = split_strings(chosen, rejected, names)
         else:
             prompt, rests = split_messages(sides)
+            where = "the first message that differs"
+        view.splits.append(where)
     else:
         prompt, rests = under_prompt(prompt, sides, view.name(prompt_column))
     if rests[0] == rests[1]:
@@ -847,6 +851,7 @@ NAMES = sorted(
         for need in (*dialect.needs, dialect.optional)
         for name in ((need,) if isinstance(need, str) else need)
     }
+    | {"id"}
 )
 
 

@@ -109,6 +109,18 @@ def read_any(data, *, columns=None, format=None, bad_rows="stop") -> Records:
     return _Reading(data, tables, "preference data", columns, format, bad_rows, None).records()
 
 
+def refuse_shared_rows(train: Records, held_out: Records) -> None:
+    """Raises DataError (E231) where a row of one stands in the other too; prompts alone may be shared."""
+    seen = {replace(record, source=None): record.source for record in train}
+    twice = [(seen[bare], r.source) for r in held_out if (bare := replace(r, source=None)) in seen]
+    if twice:
+        cases = ", ".join(f"{first} and {second}" for first, second in twice[:5])
+        what = (
+            f"{len(twice)} of {len(held_out)} held-out rows are trained on ({cases}{', …' if len(twice) > 5 else ''})"
+        )
+        raise DataError(what, where="--eval", code="E231", next="drop them from one of the two")
+
+
 def _demonstrated(record: Record, last: bool) -> Demonstration:
     completion = record.chosen if isinstance(record, PreferencePair) else record.completion
     if last and not isinstance(completion, str) and len(completion) > 1:
@@ -171,16 +183,16 @@ class _Table:
 
 def _open(data: Any, format: str | None) -> list[Rows | _Table]:
     """The sources that `data` names, in order, none of them twice."""
-    if not isinstance(data, (str, Path)):
+    if not isinstance(data, (str, os.PathLike)):
         if isinstance(data, Mapping) or not isinstance(data, Iterable) or isinstance(data, (bytes, bytearray)):
             what = f"data is {dialects.kind(data)}"
             raise UsageError(what, next="give a path, a Hub id, or a list of objects in memory")
         data = data if hasattr(data, "__len__") else list(data)
-        if not len(data) or not all(isinstance(item, (str, Path)) for item in data):
+        if not len(data) or not all(isinstance(item, (str, os.PathLike)) for item in data):
             return [_Table("memory", data)]
-        paths = [str(item) for item in data]
+        paths = [os.fspath(item) for item in data]
     else:
-        paths = [str(data)]
+        paths = [os.fspath(data)]
     opened = [_open_one(path, format) for path in paths]
     for index, source in enumerate(opened):
         for other in opened[:index]:
@@ -257,6 +269,7 @@ class _Reading:
         self.bad_count = self.seen = 0
         self.dropped: dict[str, int] = {}
         self.notes: list[str] = []
+        self.splits: dict[str, int] = {}
         self.odd: dict[str, list] = {}
         self.dialects: dict[Dialect, list[str]] = {}
         self.rows_by_hash: dict[int, Source] = {}
@@ -275,6 +288,7 @@ class _Reading:
         self._settle()
         warnings = [Warned(code, _WARNINGS[code], n, tuple(rows)) for code, (n, rows) in sorted(self.odd.items())]
         said = [self._said(dialect, used) for dialect, used in self.dialects.items()]
+        said += [f"prompts end at {where} in {count} rows" for where, count in self.splits.items()]
         if self.dropped:
             counts = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
             said.append(f"left out: {counts}")
@@ -344,23 +358,27 @@ class _Reading:
             self._refuse(place, row, RowError("E115", "nested too deep", "flatten the row"))
         else:
             self._warn(view, record, place)
+            for where in view.splits:
+                self.splits[where] = self.splits.get(where, 0) + 1
             if not self.bad_count or self.bad_rows != "stop":
                 self.found += made
 
     def _converted(self, view: View, dialect: Dialect, place: Source) -> Record:
         record = dialect.read(view)
-        identity = view.row.get("id")
-        if isinstance(identity, (str, int)) and not isinstance(identity, bool) and identity != "":
-            if identity in self.ids:
-                what = f'id "{shown(identity, 40)}" stands at {self.ids[identity]} too'
-                raise RowError("E228", what, "give it a new id", "id")
+        identity = view.get("id") if view.has("id") else None
+        named = isinstance(identity, (str, int)) and not isinstance(identity, bool) and identity != ""
+        if named and identity in self.ids:
+            what = f'"{shown(identity, 40)}" is the id of {self.ids[identity]} too'
+            raise RowError(
+                "E228", what, "give it a new id, or --columns id= if it names no row", shown(view.name("id"))
+            )
         plain = isinstance(record.prompt, str)
         if self.form is None:
             self.form = plain, place
         elif self.form[0] != plain:
             now, then = ("plain text", "a conversation") if plain else ("a conversation", "plain text")
             raise RowError("E230", f"{now}, while {self.form[1]} is {then}", "keep one form in all rows")
-        if isinstance(identity, (str, int)) and not isinstance(identity, bool) and identity != "":
+        if named:
             self.ids[identity] = place
         return record
 

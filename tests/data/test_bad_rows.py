@@ -12,7 +12,7 @@ import pytest
 
 from palate.data import rows as rows_module
 from palate.data.doctor import doctor
-from palate.data.sources import read_demonstrations, read_feedback, read_pairs
+from palate.data.sources import read_demonstrations, read_feedback, read_pairs, refuse_shared_rows
 from palate.errors import DataError, MachineError, NotThereError, PalateError, UsageError
 
 GOOD = {"prompt": "Why?", "chosen": " Because.", "rejected": " No."}
@@ -166,6 +166,16 @@ def test_repeated_id(tmp_path):
     error = refused(read_pairs, [GOOD | {"id": 7}, GOOD | {"prompt": "b", "id": 7}], "E228")
     names(error, "memory", 2, "id")
     assert "memory:1" in str(error)
+    assert len(read_pairs([GOOD | {"id": 7}, GOOD | {"prompt": "b", "id": 7}], columns={"id": ""})) == 2
+
+
+def test_train_and_eval_share_rows():
+    train = read_pairs([GOOD | {"prompt": f"p{i}"} for i in range(9)])
+    refuse_shared_rows(train, read_pairs([GOOD, GOOD | {"prompt": "p1", "chosen": "other"}]))
+    held_out = read_pairs([GOOD | {"prompt": f"p{i}"} for i in range(2, 12)])
+    error = refused(lambda both: refuse_shared_rows(*both), (train, held_out), "E231")
+    assert "7 of 10 held-out rows" in str(error)
+    assert "memory:3 and memory:1, memory:4 and memory:2" in str(error)
 
 
 def test_first_twenty_and_the_total(tmp_path):

@@ -310,4 +310,12 @@ def test_a_dialect_holds_for_the_file():
 
 @pytest.mark.parametrize("common", ["\n\nHuman: a\n\nAssistant:", "\n\nHuman: a\n\nAssistant: b\n\nAssistant:"])
 def test_transcripts_split_at_the_last_marker(common):
-    assert split_strings(common + " x", common + "  y\n", ("chosen", "rejected")) == (common, " x", "  y\n")
+    assert split_strings(common + " x", common + "  y\n", ("chosen", "rejected"))[:3] == (common, " x", "  y\n")
+
+
+def test_the_split_is_said():
+    rows = [{"chosen": HH + " a", "rejected": HH + " b"}, {"chosen": "It is so", "rejected": "It is not"}]
+    assert read_pairs(rows).notes[1:] == [
+        'prompts end at the last "\\n\\nAssistant:" in 1 rows',
+        "prompts end at the end of the longest common beginning in whole words in 1 rows",
+    ]
