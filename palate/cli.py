@@ -231,7 +231,7 @@ def _taker(given: dict, known, operands: tuple[str, ...], own_json: bool) -> Cal
         wants = leaf.wants
         annotation = bool | None if wants <= {bool, None} else dict[str, str] | None if leaf.open else str | None
         group = {"group": Group(path.split(".")[0].replace("_", "-"))} if "." in path else {}
-        default = _default_text(leaf.field)
+        default = default_text(leaf.field)
         options = Parameter(
             name=leaf.flag,
             help=leaf.field.description or "",
@@ -273,7 +273,7 @@ def _taker(given: dict, known, operands: tuple[str, ...], own_json: bool) -> Cal
     return taken
 
 
-def _default_text(field) -> str:
+def default_text(field) -> str:
     if field.is_required():
         return "needed"
     default = field.get_default(call_default_factory=True)

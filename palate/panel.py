@@ -1,5 +1,6 @@
 """What a person sees while a run trains: a live panel on a terminal, one plain line a step elsewhere, on stderr."""
 
+import contextlib
 import math
 import os
 import sys
@@ -111,10 +112,8 @@ class PlainLines(Progress):
             parts = [f"step {self.step}"]
         if any(key.startswith("eval/") for key in line):
             parts.append(held_out(line))
-        try:
+        with contextlib.suppress(BrokenPipeError, ValueError):  # nobody reads any more; the files have it all
             print("  ".join(parts), file=self.stream, flush=True)
-        except (BrokenPipeError, ValueError):
-            pass  # nobody reads any more; the run goes on, its files have it all
 
 
 class LivePanel(Progress):
