@@ -11,7 +11,7 @@ from typing import Any, TextIO
 _BARS = "▁▂▃▄▅▆▇█"
 _SHOWN = (("loss", "loss"), ("rewards/margins", "margin"), ("rewards/accuracies", "accuracy"))
 _HELD = (("eval/loss", "loss"), ("eval/rewards/margins", "margin"), ("eval/rewards/accuracies", "accuracy"))
-_KEPT = 4096  # points of a sparkline kept before every second one is dropped
+_KEPT = 4096  # points kept of each sparkline; a longer run keeps every second, fourth, ... step
 
 
 def make_panel(total_steps: int, stream: TextIO | None = None):
@@ -46,7 +46,7 @@ class Progress:
 
     def __init__(self, total_steps: int, stream: TextIO, clock=time.monotonic):
         self.total, self.stream, self.clock = int(total_steps or 0), stream, clock
-        self.step, self.first = 0, None
+        self.step, self.taken, self.stride = 0, 0, 1
         self.times: deque[tuple[int, float]] = deque(maxlen=20)
         self.line: dict[str, Any] = {}
         self.evaluation: dict[str, Any] = {}
@@ -74,11 +74,15 @@ class Progress:
             return
         self.line = line
         self.times.append((self.step, self.clock()))
-        for key, values in self.history.items():
-            if isinstance(line.get(key), int | float):
-                values.append(float(line[key]))
-                if len(values) > _KEPT:
-                    del values[::2]
+        if self.taken % self.stride == 0:
+            for key, values in self.history.items():
+                if isinstance(line.get(key), int | float):
+                    values.append(float(line[key]))
+        self.taken += 1
+        if self.taken >= _KEPT * self.stride:  # thinner from here on, and evenly so
+            self.stride *= 2
+            for values in self.history.values():
+                del values[1::2]
 
     def show(self, line: dict[str, Any]) -> None:
         raise NotImplementedError
@@ -154,7 +158,7 @@ class LivePanel(Progress):
             values = self.history[key]
             if not values:
                 continue
-            row = f"\n{name:<9}{number(key, values[0])} → {number(key, values[-1])}"
+            row = f"\n{name:<9}{number(key, values[0])} → {number(key, self.line.get(key, values[-1]))}"
             row = row.replace("→", "->") if plain else row
             text.append(row)
             if not plain:
