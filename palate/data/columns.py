@@ -7,7 +7,7 @@ conversation (ShareGPT, axolotl, ms-swift, Alpaca) are read as conversations; `p
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import combinations
@@ -232,53 +232,55 @@ def under_prompt(prompt: Text, sides: dict[str, Text], prompt_name: str) -> tupl
     """Prompt and completions in one form, none of them repeating the prompt; raises RowError."""
     one_form(sides)
     checked_prompt(prompt, prompt_name)
-    values = list(sides.values())
-    if all(isinstance(value, str) for value in values):
-        if not isinstance(prompt, str):
-            values = [assistant(checked_completion(v, n)) for n, v in sides.items()]
-        elif all(v.startswith(prompt) and len(v) > len(prompt) for v in values):
-            what = "repeats the prompt: it holds the whole conversation"
-            raise RowError("E213", what, "use --columns prompt= to read the prompt from it", shown(next(iter(sides))))
-        return prompt, [checked_completion(v, n) for v, n in zip(values, sides, strict=True)]
     for name, value in sides.items():
         checked_completion(value, name)
+    texts = [value for value in sides.values() if isinstance(value, str)]
+    if texts:
+        if not isinstance(prompt, str):
+            return prompt, [assistant(text) for text in texts]
+        if len(texts) > 1 and all(text.startswith(prompt) and len(text) > len(prompt) for text in texts):
+            what = "repeats the prompt: it holds the whole conversation"
+            raise RowError("E213", what, "use --columns prompt= to read the prompt from it", shown(next(iter(sides))))
+        return prompt, list(texts)
+    chats = conversations(sides)
     if not isinstance(prompt, str):
-        size = len(prompt)
-        if all(value[:size] == prompt for value in values):
-            values = [value[size:] for value in values]
-        for (name, _), value in zip(sides.items(), values, strict=True):
-            if not value or value[0].role not in ("assistant", "tool"):
-                turn = (
-                    0
-                    if not value
-                    else next((i for i, (a, b) in enumerate(zip(prompt, value, strict=False)) if a != b), size)
-                )
-                what = "does not continue the prompt: " + (
-                    f"they part at turn {turn + 1}" if value else "no reply follows"
-                )
-                raise RowError("E217", what, "fix the row or use --bad-rows skip", shown(name))
-            checked_completion(value, name)
-        return prompt, values
-    if all(value[0].role == "assistant" for value in values):
-        return user(prompt), values
-    shared, rests = split_messages(sides)
-    said = prompt.strip()
-    if (
-        not any(m.role != "assistant" and m.content.strip() == said for m in shared)
-        and said != "\n".join(m.content for m in shared).strip()
-    ):
+        return prompt, _after_messages(prompt, chats)
+    if all(chat[0].role == "assistant" for chat in chats.values()):
+        return user(prompt), list(chats.values())
+    shared, rests = split_messages(chats)
+    asked = [m.content for m in shared if m.role != "assistant" and m.content.strip()]
+    if prompt.strip() not in [content.strip() for content in (*asked, "\n".join(m.content for m in shared))]:
         what = "the conversation does not hold the prompt column's text"
-        raise RowError(
-            "E217", what, "fix the row, or --columns prompt= to read the prompt from it", shown(next(iter(sides)))
-        )
+        hint = "fix the row, or --columns prompt= to read the prompt from it"
+        raise RowError("E217", what, hint, shown(next(iter(sides))))
     return shared, rests
 
 
-def split_messages(sides: dict[str, Text]) -> tuple[Text, list[Text]]:
+def conversations(sides: Mapping[str, Text]) -> dict[str, tuple[Message, ...]]:
+    """The sides that are messages."""
+    return {name: value for name, value in sides.items() if not isinstance(value, str)}
+
+
+def _after_messages(prompt: tuple[Message, ...], chats: dict[str, tuple[Message, ...]]) -> list[Text]:
+    """What follows the prompt, where the sides repeat it, else the sides; raises RowError."""
+    size = len(prompt)
+    repeated = all(chat[:size] == prompt for chat in chats.values())
+    rests: list[Text] = []
+    for name, chat in chats.items():
+        rest = chat[size:] if repeated else chat
+        if not rest or rest[0].role not in ("assistant", "tool"):
+            turn = next((i for i, (a, b) in enumerate(zip(prompt, rest, strict=False)) if a != b), size)
+            what = "does not continue the prompt: " + (f"they part at turn {turn + 1}" if rest else "no reply follows")
+            raise RowError("E217", what, "fix the row or use --bad-rows skip", shown(name))
+        rests.append(checked_completion(rest, name))
+    return rests
+
+
+def split_messages(chats: dict[str, tuple[Message, ...]]) -> tuple[tuple[Message, ...], list[Text]]:
     """The leading messages that all sides share and what follows, which begins with the assistant; raises RowError."""
-    for name, value in sides.items():
-        checked_completion(value, name)
-    values = list(sides.values())
+    for name, chat in chats.items():
+        checked_completion(chat, name)
+    values = list(chats.values())
     shared = 0
     for turns in zip(*values, strict=False):
         if any(turn != turns[0] for turn in turns):
@@ -289,13 +291,13 @@ def split_messages(sides: dict[str, Text]) -> tuple[Text, list[Text]]:
         shared -= 1
         while shared and values[0][shared].role != "assistant":
             shared -= 1
-    for name, value in sides.items():
-        if value[shared].role not in ("assistant", "tool"):
-            what = f"the prompts of the sides differ: turn {shared + 1} is from the {value[shared].role}"
+    for name, chat in chats.items():
+        if chat[shared].role not in ("assistant", "tool"):
+            what = f"the prompts of the sides differ: turn {shared + 1} is from the {chat[shared].role}"
             raise RowError("E217", what, "fix the pair or use --bad-rows skip", shown(name))
     prompt = values[0][:shared]
-    checked_prompt(prompt, next(iter(sides)))
-    return prompt, [value[shared:] for value in values]
+    checked_prompt(prompt, next(iter(chats)))
+    return prompt, [chat[shared:] for chat in values]
 
 
 def split_strings(chosen: str, rejected: str, names: tuple[str, str]) -> tuple[str, str, str, str]:
@@ -321,12 +323,14 @@ def split_strings(chosen: str, rejected: str, names: tuple[str, str]) -> tuple[s
         marks = [m.end() for m in _MARKERS.finditer(chosen) if m.end() <= common]
         marks = [end for end in marks if chosen[end:].strip() and rejected[end:].strip()]
         cut = marks[-1] if marks else _word_cut(chosen, rejected, common)
-        where = "the last marker of a reply" if marks else "the end of the longest common beginning in whole words"
+        where = "the last marker of a reply" if marks else "the longest common beginning in whole words"
     prompt, chosen_rest, rejected_rest = chosen[:cut], chosen[cut:], rejected[cut:]
     if not prompt.strip():
         what = "chosen and rejected share no beginning that could be the prompt"
         raise RowError("E217", what, "name the prompt's column: --columns prompt=NAME", names[1])
-    return prompt, checked_completion(chosen_rest, names[0]), checked_completion(rejected_rest, names[1]), where
+    checked_completion(chosen_rest, names[0])
+    checked_completion(rejected_rest, names[1])
+    return prompt, chosen_rest, rejected_rest, where
 
 
 def _common(a: str, b: str) -> int:
@@ -360,14 +364,14 @@ def pair(
     prompt_column="prompt",
 ):
     """A PreferencePair of one form whose completions differ; raises RowError."""
-    names = tuple(view.name(c) for c in columns)
-    sides = {names[0]: chosen, names[1]: rejected}
+    names = view.name(columns[0]), view.name(columns[1])
+    sides: dict[str, Text] = {names[0]: chosen, names[1]: rejected}
     if prompt is None:
         one_form(sides)
-        if isinstance(chosen, str):
+        if isinstance(chosen, str) and isinstance(rejected, str):
             prompt, *rests, where = split_strings(chosen, rejected, names)
         else:
-            prompt, rests = split_messages(sides)
+            prompt, rests = split_messages(conversations(sides))
             where = "the first message that differs"
         view.splits.append(where)
     else:
@@ -436,7 +440,8 @@ def _explicit(view: View) -> Record:
 def _explicit_system(view: View) -> Record:
     prompt, chosen, rejected = _prompt(view), view.side("chosen"), view.side("rejected")
     if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
-        prompt = user(checked_prompt(prompt, view.name("prompt")))  # this row's system message is empty
+        checked_prompt(prompt, view.name("prompt"))
+        prompt = user(prompt)  # this row's system message is empty
     return pair(prompt, view, chosen, rejected)
 
 
@@ -578,15 +583,9 @@ def _by_scores(view: View, size: int) -> tuple:
 
 
 def _demonstration(view: View, prompt: Text, column: str, prompt_column: str) -> Demonstration:
-    prompt, (completion,) = under_prompt_one(prompt, view.side(column), view.name(column), view.name(prompt_column))
+    sides = {view.name(column): view.side(column)}
+    prompt, (completion,) = under_prompt(prompt, sides, view.name(prompt_column))
     return Demonstration(prompt, completion)
-
-
-def under_prompt_one(prompt: Text, completion: Text, name: str, prompt_name: str) -> tuple[Text, list[Text]]:
-    """As `under_prompt` for one completion, which may repeat a short plain prompt by chance."""
-    if isinstance(prompt, str) and isinstance(completion, str):
-        return checked_prompt(prompt, prompt_name), [checked_completion(completion, name)]
-    return under_prompt(prompt, {name: completion}, prompt_name)
 
 
 def split_reply(turns: tuple[Message, ...], name: str, last: bool = False) -> tuple[Text, Text]:
@@ -607,7 +606,7 @@ def _prompt_completion(view: View) -> Record:
     return _demonstration(view, prompt, column, "prompt")
 
 
-def _instruction(view: View) -> Record:
+def _instruction(view: View) -> Demonstration:
     prompt, column = _question(view)
     reply = view.first(("output", "response", "completion", "answer"))
     return _demonstration(view, prompt, reply, column)
@@ -872,7 +871,7 @@ def check_columns(columns: Mapping[str, str | None] | None) -> dict[str, str]:
 
 
 def recognise(
-    rows: list[tuple[Source, Mapping]], dialects: list[Dialect], names: Mapping[str, str], wanted: str
+    rows: Sequence[tuple[Source, Mapping]], dialects: list[Dialect], names: Mapping[str, str], wanted: str
 ) -> Dialect:
     """The dialect of a file by its first rows: the first that half of them fit, else the one most fit.
 

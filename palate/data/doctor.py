@@ -107,7 +107,7 @@ def doctor(data, *, columns=None, format=None) -> Findings:
         records = read_any(data, columns=columns, format=format, bad_rows="keep")
     except DataError as error:
         finding = Finding(
-            _CHECKS.get(error.code, "reading"),
+            _CHECKS.get(error.code or "", "reading"),
             "error",
             1,
             (error.where or "",),

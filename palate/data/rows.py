@@ -41,6 +41,7 @@ _ENCODINGS = [
     (b"\xff\xfe", "UTF-16LE"),
     (b"\xfe\xff", "UTF-16BE"),
 ]
+_SPACE = re.compile(r"[ \t\n\r]*")
 _TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},:]', re.DOTALL)
 
 
@@ -219,7 +220,7 @@ class Rows:
                 (False, True, True, True): "UTF-32LE",
                 (True, True, True, False): "UTF-32BE",
             }
-            encoding = patterns.get(zeros)
+            encoding = next((name for pattern, name in patterns.items() if pattern == zeros), None)
         if encoding:
             name = shown(self.path, 200)
             raise self._refused(
@@ -390,7 +391,8 @@ class Rows:
         header: list[str] | None = None
         while True:
             held.clear()
-            line, cells, problem = last + 1, None, None
+            line, problem = last + 1, None
+            cells: list[str] = []
             try:
                 cells = next(reader)
             except StopIteration:
@@ -401,7 +403,7 @@ class Rows:
                     problem = RowError("E110", "a quoted cell does not end: file truncated?", "copy the file again")
                 elif "new-line character" in str(error) or any(b"\r" in h.rstrip(b"\r\n") for h in held):
                     problem = RowError("E109", "a carriage return alone ends a row", "convert the line ends to \\n")
-            if cells is not None and not any(c.strip() for c in cells) and len(cells) <= 1:
+            if problem is None and not any(c.strip() for c in cells) and len(cells) <= 1:
                 continue
             raw = b"".join(held).removesuffix(b"\n").removesuffix(b"\r")
             try:
@@ -496,7 +498,7 @@ class _Json:
         return value, end
 
     def _object(self, items: list[tuple[str, Any]]) -> dict:
-        value = dict(items)
+        value: dict = dict(items)
         self._odd |= len(value) != len(items)
         if len(items) > MAX_KEYS:
             self._many = len(items)
@@ -568,7 +570,8 @@ def _key_offsets(text: str, key: str) -> list[int]:
 
 
 def _skip_space(text: str, position: int) -> int:
-    return json.decoder.WHITESPACE.match(text, position).end()
+    found = _SPACE.match(text, position)
+    return found.end() if found else position
 
 
 def _element_end(text: str, position: int) -> int:

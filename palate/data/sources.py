@@ -7,7 +7,7 @@ they stood, and stops when they are more than 5 %.
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -121,14 +121,14 @@ def refuse_shared_rows(train: Records, held_out: Records) -> None:
         raise DataError(what, where="--eval", code="E231", next="drop them from one of the two")
 
 
-def _demonstrated(record: Record, last: bool) -> Demonstration:
-    completion = record.chosen if isinstance(record, PreferencePair) else record.completion
-    if last and not isinstance(completion, str) and len(completion) > 1:
-        return Demonstration(record.prompt + completion[:-1], completion[-1:], record.source)
-    return Demonstration(record.prompt, completion, record.source)
+def _demonstrated(record: Demonstration | PreferencePair, last: bool) -> Demonstration:
+    prompt, completion = record.prompt, record.chosen if isinstance(record, PreferencePair) else record.completion
+    if last and isinstance(prompt, tuple) and isinstance(completion, tuple):
+        prompt, completion = prompt + completion[:-1], completion[-1:]
+    return Demonstration(prompt, completion, record.source)
 
 
-def _as_feedback(record: Record) -> list[Feedback]:
+def _as_feedback(record: Feedback | PreferencePair) -> list[Feedback]:
     if isinstance(record, Feedback):
         return [record]
     sides = ((record.chosen, True), (record.rejected, False))
@@ -187,7 +187,7 @@ def _open(data: Any, format: str | None) -> list[Rows | _Table]:
         if isinstance(data, Mapping) or not isinstance(data, Iterable) or isinstance(data, (bytes, bytearray)):
             what = f"data is {dialects.kind(data)}"
             raise UsageError(what, next="give a path, a Hub id, or a list of objects in memory")
-        data = data if hasattr(data, "__len__") else list(data)
+        data = data if isinstance(data, Sized) else list(data)
         if not len(data) or not all(isinstance(item, (str, os.PathLike)) for item in data):
             return [_Table("memory", data)]
         paths = [os.fspath(item) for item in data]
@@ -263,7 +263,7 @@ class _Reading:
         self.names = dialects.check_columns(columns)
         self.opened = _open(data, format)
         self.tables, self.wanted, self.bad_rows, self.rejects = tables, wanted, bad_rows, rejects
-        self.finish: Callable[[Record], list] = lambda record: [record]
+        self.finish: Callable[[Any], list] = lambda record: [record]
         self.found: list = []
         self.bad: list[tuple[Source, str, str, str]] = []
         self.bad_count = self.seen = 0
@@ -404,8 +404,8 @@ class _Reading:
         if swapped in self.rows_by_hash:
             self._count("W211", self.rows_by_hash[swapped], place)
         for better, worse in _SCORES:
-            scores = view.row.get(better), view.row.get(worse)
-            if all(isinstance(s, (int, float)) for s in scores) and scores[0] < scores[1]:
+            high, low = view.row.get(better), view.row.get(worse)
+            if isinstance(high, (int, float)) and isinstance(low, (int, float)) and high < low:
                 self._count("W227", place)
 
     def _count(self, code: str, *places: Source) -> None:

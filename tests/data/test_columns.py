@@ -317,5 +317,5 @@ def test_the_split_is_said():
     rows = [{"chosen": HH + " a", "rejected": HH + " b"}, {"chosen": "It is so", "rejected": "It is not"}]
     assert read_pairs(rows).notes[1:] == [
         'prompts end at the last "\\n\\nAssistant:" in 1 rows',
-        "prompts end at the end of the longest common beginning in whole words in 1 rows",
+        "prompts end at the longest common beginning in whole words in 1 rows",
     ]
