@@ -860,7 +860,7 @@ def check_columns(columns: Mapping[str, str | None] | None) -> dict[str, str]:
     for ours, theirs in (columns or {}).items():
         if ours not in NAMES:
             near = get_close_matches(str(ours), NAMES, n=1)
-            hint = f'did you mean "{near[0]}"?' if near else f"the names are {', '.join(NAMES)}"
+            hint = f'use "{near[0]}"' if near else f"the names are {', '.join(NAMES)}"
             raise UsageError(f'there is no column "{shown(ours)}" to fill', where="--columns", next=hint)
         if theirs is not None and not isinstance(theirs, str):
             raise UsageError(
