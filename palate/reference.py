@@ -49,14 +49,14 @@ class ReferenceColumn:
         """Pins the column in a file, under the groups' content keys."""
         facts = {"scored": self.scored, "reused": self.reused, "tags": list(self.tags), "identity": self.identity}
         values = np.array([value for group in self.totals for value in group], dtype=np.float64)
-        save_tensors(path, {"keys": _keys(groups), "logps": values}, {"column": json.dumps(facts)})
+        _save(path, {"keys": _keys(groups), "logps": values}, facts)
 
     @classmethod
     def read(cls, path: Path, groups: Sequence[TokenGroup]) -> "ReferenceColumn | None":
         """The pinned column; None where there is none. Raises CheckpointError where it belongs to other rows."""
         if not path.exists():
             return None
-        tensors, metadata = load_tensors(path, framework="np"), tensor_metadata(path)
+        tensors, facts = _load(path)
         if not np.array_equal(tensors["keys"], _keys(groups)):
             raise CheckpointError(
                 "the pinned reference column belongs to other rows or another tokenizer",
@@ -64,7 +64,6 @@ class ReferenceColumn:
                 code="E502",
                 next="resume with the same data and model, or take a new --out",
             )
-        facts = json.loads(metadata["column"])
         values = iter(tensors["logps"].tolist())
         totals = tuple(tuple(next(values) for _ in group.completions) for group in groups)
         return cls(totals, facts["scored"], facts["reused"], tuple(facts["tags"]), facts["identity"])
@@ -122,11 +121,11 @@ def reference_column(
         wanted = [row for micro in part for row in micro]
         path = None if folder is None else folder / f"part-{number:05d}.safetensors"
         if path is not None and path.exists():
-            values[wanted] = load_tensors(path, framework="np")["logps"]
+            values[wanted] = _load(path)[0]["logps"]
         else:
             values[wanted] = _score(groups, rows, part, reference, numerics)
             if path is not None:
-                save_tensors(path, {"logps": values[wanted]})
+                _save(path, {"logps": values[wanted]}, {"part": number})
         if store is not None:
             lengths = np.array([scored_length(groups[g], k) for g, k in (rows[row] for row in wanted)], dtype=np.int64)
             store.put(keys[wanted], values[wanted], lengths, tag)
@@ -136,6 +135,32 @@ def reference_column(
     totals = tuple(tuple(float(values[row]) for row in group_rows) for group_rows in columns)
     tags = tuple(sorted({*plan["tags"], *([tag] if todo else [])}))
     return ReferenceColumn(totals, todo, len(rows) - todo, tags, identity)
+
+
+def _save(path: Path, arrays: dict[str, np.ndarray], facts: dict) -> None:
+    """A file that knows its own content: safetensors has no checksum."""
+    save_tensors(path, arrays, {"facts": json.dumps(facts), "sha256": _digest(arrays, json.dumps(facts))})
+
+
+def _load(path: Path) -> tuple[dict[str, np.ndarray], dict]:
+    arrays, metadata = load_tensors(path, framework="np"), tensor_metadata(path)
+    facts = metadata.get("facts", "")
+    if metadata.get("sha256") != _digest(arrays, facts):
+        raise CheckpointError(
+            "reference scores do not match their checksum",
+            where=str(path),
+            code="E501",
+            next="take a new --out; scores that are in the store are not made again",
+        )
+    return arrays, json.loads(facts)
+
+
+def _digest(arrays: dict[str, np.ndarray], facts: str) -> str:
+    digest = hashlib.sha256(facts.encode())
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return digest.hexdigest()
 
 
 def _keys(groups: Sequence[TokenGroup]) -> np.ndarray:

@@ -148,6 +148,13 @@ def notes(tokenizer, chat: bool = True) -> list[str]:
     return ["the tokenizer has no end token: completions are trained without one and generation runs to its limit"]
 
 
+def decode_completion(tokenizer, prompt: np.ndarray, completion: np.ndarray) -> str:
+    """The completion's text as it stands after its prompt: a leading space that decoding alone would drop is kept."""
+    before = tokenizer.decode(prompt.tolist())
+    whole = tokenizer.decode([*prompt.tolist(), *completion.tolist()])
+    return whole.removeprefix(before) if whole.startswith(before) else tokenizer.decode(completion.tolist())
+
+
 def control_text(text: Text, tokenizer) -> tuple[str, ...]:
     """Control strings of the tokenizer that stand in a text; they are encoded as the text they are (W220)."""
     encoder = encoder_of(tokenizer)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from palate.errors import UsageError
-from palate.recipes.training import stderr
+from palate.recipes.training import stderr, with_own_tokenizer
 
 
 class GenerateConfig(BaseModel):
@@ -34,7 +34,7 @@ def run(config: GenerateConfig, *, verb: str = "generate", argv=(), say=stderr, 
     """Writes `prompt completion sample logp tokens finished` rows to --out, in the order of the prompts."""
     from palate.data.sources import read_prompts
     from palate.data.template import load_template
-    from palate.data.tokens import encode_prompt, end_tokens
+    from palate.data.tokens import decode_completion, encode_prompt, end_tokens
     from palate.files import write_json_lines
     from palate.model.load import load
     from palate.sampling.generate import generate
@@ -42,8 +42,8 @@ def run(config: GenerateConfig, *, verb: str = "generate", argv=(), say=stderr, 
     if Path(config.out).exists():
         raise UsageError(f"{config.out} exists already", code="E313", next="name another --out")
     records = read_prompts(config.data, columns=config.columns or None, format=config.format, bad_rows=config.bad_rows)
-    loaded = load(
-        config.model, device=config.device, trust_remote_code=config.trust_remote_code, revision=config.revision
+    loaded = with_own_tokenizer(
+        load(config.model, device=config.device, trust_remote_code=config.trust_remote_code, revision=config.revision)
     )
     tokenizer = loaded.tokenizer
     if config.chat_template is not None:
@@ -62,18 +62,17 @@ def run(config: GenerateConfig, *, verb: str = "generate", argv=(), say=stderr, 
     )
     rows = []
     for sample in made:
-        ids = sample.ids.tolist()
-        text = tokenizer.decode(ids[:-1] if sample.finished else ids)
+        written = sample.ids[:-1] if sample.finished else sample.ids  # the end token is no text
         prompt = records[sample.prompt].prompt
         rows.append(
             {
                 "prompt": prompt
                 if isinstance(prompt, str)
                 else [{"role": m.role, "content": m.content} for m in prompt],
-                "completion": text,
+                "completion": decode_completion(tokenizer, prompts[sample.prompt], written),
                 "sample": sample.sample,
                 "logp": sample.logp,
-                "tokens": len(ids),
+                "tokens": len(sample.ids),
                 "finished": sample.finished,
             }
         )

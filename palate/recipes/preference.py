@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from palate.errors import UsageError
-from palate.recipes.training import TrainingConfig, dry_run, prepare, stderr, train
+from palate.recipes.training import TrainingConfig, dry_run, every_tenth, prepare, stderr, train
 
 
 class PreferenceConfig(TrainingConfig):
@@ -134,7 +134,7 @@ def pin_reference(config: PreferenceConfig, prepared, say, run, groups, held):
             tokens=config.train.tokens,
             store=store,
             folder=run.path / "scoring",
-            progress=lambda done, todo: say(f"reference: {done} of {todo} completions scored"),
+            progress=every_tenth(lambda done, todo: say(f"reference: {done} of {todo} completions scored")),
         )
         column.write(run.reference_path, everything)
         run.forget("scoring")

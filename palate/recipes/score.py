@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from palate.errors import DataError, UsageError
-from palate.recipes.training import resolve_precision, stderr
+from palate.recipes.training import resolve_precision, stderr, with_own_tokenizer
 
 
 class ScoreConfig(BaseModel):
@@ -54,7 +54,7 @@ def run(config: ScoreConfig, *, verb: str = "score", argv=(), say=stderr, panel=
     for note in records.notes:
         say(f"data: {note}")
     options = dict(device=config.device, trust_remote_code=config.trust_remote_code, revision=config.revision)
-    policy = load(config.model, **options)
+    policy = with_own_tokenizer(load(config.model, **options))
     if config.chat_template is not None:
         load_template(config.chat_template, policy.tokenizer)
     limit = max_length(config, policy.model)
@@ -82,7 +82,7 @@ def run(config: ScoreConfig, *, verb: str = "score", argv=(), say=stderr, panel=
     scored = column(policy)
     reference = None
     if config.reference is not None:
-        other = load(config.reference, **options)
+        other = with_own_tokenizer(load(config.reference, **options))
         check_same_tokenizer(policy.tokenizer, other.tokenizer)
         reference = column(other)
     rows = []

@@ -4,19 +4,20 @@ A page says which records it reads, which objective it trains and what it evalua
 """
 
 import hashlib
+import json
 import math
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from palate.errors import DataError, NotBetterError, UsageError
+from palate.errors import DataError, ModelError, NotBetterError, UsageError
 from palate.train.optim import OptimConfig, UpdateConfig
 
 Say = Callable[[str], None]
@@ -114,10 +115,11 @@ def read_rows(config: TrainingConfig, read: Callable, tokenizer, limit: int, *, 
 
     read: (data) -> Records. usable: (group) -> None, or why the group cannot teach anything.
     """
-    from palate.data.tokens import tokenize
+    from palate.data.records import Source
+    from palate.data.tokens import control_text, notes, tokenize
 
     records = read(config.data)
-    for note in [*records.notes, *records.warnings]:
+    for note in [*records.notes, *records.warnings, *notes(tokenizer)]:
         say(f"data: {note}")
     counts = {"rows": len(records)} | {f"dropped ({reason})": n for reason, n in records.dropped.items()}
     rejects = [
@@ -131,12 +133,16 @@ def read_rows(config: TrainingConfig, read: Callable, tokenizer, limit: int, *, 
             try:
                 group = tokenize(record, tokenizer, max_length=limit)
             except DataError as error:
-                refused.append((record.source, error))
+                refused.append((record, error))
                 continue
             reason = usable(group)
             if reason is not None:
                 counts[reason] = counts.get(reason, 0) + 1
                 continue
+            if any(control_text(text, tokenizer) for text in texts_of([record])):
+                counts["rows with control text, kept as text"] = 1 + counts.get(
+                    "rows with control text, kept as text", 0
+                )
             counts["prompts cut"] = counts.get("prompts cut", 0) + (group.prompt_cut > 0)
             counts["rows with a cut completion"] = counts.get("rows with a cut completion", 0) + any(group.cut)
             groups.append((record, group))
@@ -147,10 +153,10 @@ def read_rows(config: TrainingConfig, read: Callable, tokenizer, limit: int, *, 
                 code="E200",
                 next="mend these rows, or use --bad-rows skip",
             )
-        for source, error in refused:
+        for record, error in refused:
             counts["refused"] = counts.get("refused", 0) + 1
-            if source is not None:
-                rejects.append((source.file, source.line, "", str(error)))
+            source, raw = record.source or Source("memory", 0), json.dumps(asdict(record), ensure_ascii=False)
+            rejects.append((source.file, source.line, raw, str(error)))
         return groups
 
     pairs = groups_of(records)
@@ -173,6 +179,18 @@ def read_rows(config: TrainingConfig, read: Callable, tokenizer, limit: int, *, 
     return Rows(train, held, counts, sources, list(records.notes), rejects)
 
 
+def every_tenth(tell: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    """`tell(done, todo)` at most ten times, and at the end."""
+    told = [0]
+
+    def maybe(done: int, todo: int) -> None:
+        if done == todo or done * 10 // todo > told[0]:
+            told[0] = done * 10 // todo
+            tell(done, todo)
+
+    return maybe
+
+
 def _prompt_key(record) -> str:
     return hashlib.blake2b(repr(record.prompt).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
@@ -181,6 +199,15 @@ def _held_out(keys: Sequence[str], seed: int) -> set[str]:
     """5 % of the distinct prompts, at most 300, by a hash of (seed, prompt): the same however the file is ordered."""
     distinct = sorted(set(keys), key=lambda key: hashlib.blake2b(f"{seed} {key}".encode()).digest())
     return set(distinct[: min(300, len(distinct) // 20)])
+
+
+def with_own_tokenizer(loaded):
+    """The same model. Raises ModelError where it came without a tokenizer."""
+    if loaded.tokenizer is None:
+        raise ModelError(
+            "has no tokenizer beside it", where=loaded.name, code="E401", next="train it first, or add one"
+        )
+    return loaded
 
 
 def max_length(config: TrainingConfig, model) -> int:
@@ -609,14 +636,14 @@ def sample_rows(model, tokenizer, groups, step: int, before: Sequence[dict[str, 
 
     before: the rows of step 0, whose completions stand beside these.
     """
-    from palate.data.tokens import end_tokens
+    from palate.data.tokens import decode_completion, end_tokens
     from palate.sampling.generate import generate
 
     prompts = [group.prompt for group in groups]
     made = generate(model, tokenizer, prompts, max_tokens=64, temperature=0.7, seed=0, end_ids=end_tokens(tokenizer))
     rows = []
     for number, sample in enumerate(made):
-        text = tokenizer.decode(sample.ids.tolist())
+        text = decode_completion(tokenizer, prompts[sample.prompt], sample.ids)
         rows.append(
             {
                 "step": step,
