@@ -113,9 +113,14 @@ def say(text: str = "") -> None:
 def _print(text: str) -> None:
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # the reader (head, less) has seen enough; nothing may be flushed again at exit
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        _drop_stdout()
+
+
+def _drop_stdout() -> None:
+    """Sends what stdout still holds nowhere, so that nothing is flushed into a closed pipe at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _interrupt(number, frame):
@@ -204,6 +209,8 @@ def _parse(app, argv: list[str], known) -> None:
 
     try:
         app(argv, exit_on_error=False, print_error=False)
+    except (BrokenPipeError, SystemExit):  # the reader of the help (head, less) has seen enough
+        _drop_stdout()
     except UnknownOptionError as error:
         from palate.config import nearest
 
@@ -230,20 +237,20 @@ def _taker(given: dict, known, operands: tuple[str, ...], own_json: bool) -> Cal
     for path, leaf in sorted(known.items(), key=lambda item: operands.index(item[0]) if item[0] in operands else 99):
         wants = leaf.wants
         annotation = bool | None if wants <= {bool, None} else dict[str, str] | None if leaf.open else str | None
-        group = {"group": Group(path.split(".")[0].replace("_", "-"))} if "." in path else {}
+        group = Group(path.split(".")[0].replace("_", "-"), sort_key=1) if "." in path else Group("options", sort_key=0)
         default = default_text(leaf.field)
         options = Parameter(
             name=leaf.flag,
             help=leaf.field.description or "",
             show_default=(lambda value, text=default: text) if default else False,
-            **group,
+            group=group,
         )
         name = path.replace(".", "__")
         paths[name] = path
         kind = kinds.POSITIONAL_OR_KEYWORD if path in operands else kinds.KEYWORD_ONLY
         parameters.append(kinds(name, kind, default=None, annotation=Annotated[annotation, options]))
     config_help = "YAML file of options; the environment (PALATE_LR) and flags overrule it."
-    house = Group("every verb")
+    house = Group("every verb", sort_key=2)
     config_flag = Parameter(name=["--config", "-c"], help=config_help, group=house, show_default=False)
     extra = [kinds("config__", kinds.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, config_flag])]
     if own_json:
@@ -252,7 +259,10 @@ def _taker(given: dict, known, operands: tuple[str, ...], own_json: bool) -> Cal
         )
         extra.append(kinds("json__", kinds.KEYWORD_ONLY, default=None, annotation=Annotated[bool | None, json_flag]))
 
-    def take(**values):
+    signature = inspect.Signature(parameters + extra)
+
+    def take(*operands, **options):
+        values = signature.bind(*operands, **options).arguments
         flags: dict[str, Any] = {"json": True} if own_json and values.pop("json__", None) else {}
         given["config"] = values.pop("config__", None)
         for name, value in values.items():
@@ -262,15 +272,9 @@ def _taker(given: dict, known, operands: tuple[str, ...], own_json: bool) -> Cal
                 flags[paths[name]] = value
         given["flags"] = flags
 
-    take.__signature__ = inspect.Signature(parameters + extra)  # type: ignore[attr-defined]
+    setattr(take, "__signature__", signature)  # noqa: B010, a function's signature is no declared attribute
     take.__annotations__ = {p.name: p.annotation for p in parameters + extra}
-    bind = take.__signature__.bind
-
-    def taken(*args, **kwargs):
-        return take(**bind(*args, **kwargs).arguments)
-
-    taken.__signature__, taken.__annotations__ = take.__signature__, take.__annotations__  # type: ignore[attr-defined]
-    return taken
+    return take
 
 
 def default_text(field) -> str:

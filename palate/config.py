@@ -97,6 +97,8 @@ class _Builder:
             elif isinstance(event, yaml.CollectionEndEvent):
                 open_marks.pop()
         mark, problem = error.problem_mark or error.context_mark, error.problem or "broken"
+        if mark is None:
+            return self.refuse(f"not YAML: {problem}", 1)
         if open_marks and open_marks[-1] is not None:  # the bracket that was never closed, not the end of the file
             problem = f"the bracket opened here is not closed by line {mark.line + 1}"
             mark = open_marks[-1]
@@ -318,7 +320,11 @@ def _literals(annotation) -> list:
     return found
 
 
-_NAMES = {int: ("a whole number", "20"), float: ("a number", "0.1"), bool: ("true or false", "true")}
+_NAMES: dict[Any, tuple[str, str]] = {
+    int: ("a whole number", "20"),
+    float: ("a number", "0.1"),
+    bool: ("true or false", "true"),
+}
 _NAMES |= {str: ("text", "name"), Path: ("a path", "name"), dict: ("names with values", "{name: value}")}
 _NAMES |= {list: ("a list", "[a, b]"), tuple: ("a list", "[a, b]"), Any: ("a value", "0.1")}
 

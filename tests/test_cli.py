@@ -224,11 +224,12 @@ def test_help_is_quick_and_needs_no_torch():
     assert best < 0.5
 
 
-def test_a_reader_who_leaves_is_no_error():
+@pytest.mark.parametrize("argv", [["runs"], ["runs", "--json"], ["--help"], ["dpo", "--help"]])
+def test_a_reader_who_leaves_is_no_error(argv):
     code = "from palate.cli import entry; entry()"
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([sys.executable, "-c", code, "runs"], stdout=write, stderr=subprocess.PIPE, check=False)
+    done = subprocess.run([sys.executable, "-c", code, *argv], stdout=write, stderr=subprocess.PIPE, check=False)
     os.close(write)
     assert done.returncode == 0
     assert done.stderr == b""
@@ -242,33 +243,30 @@ def test_an_ascii_terminal_shows_any_text():
 
 
 def write_run(root: Path, name: str, loss: float, lr: float):
-    folder = root / name
-    folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps({"verb": "dpo", "status": "done", "seed": 0}))
-    (folder / "config.yaml").write_text(f"lr: {lr}\nseed: 0\n")
-    (folder / "metrics.jsonl").write_text(
-        f'{{"step": 1, "loss": 0.7}}\n{{"step": 2, "loss": {loss}}}\n{{"step": 3, "lo'
-    )
+    from palate.run import Run
+
+    with Run.create(root / name, verb="dpo", config={"lr": lr, "seed": 0}, argv=["palate"]) as run:
+        run.log({"step": 1, "loss": 0.7})
+        run.log({"step": 2, "loss": loss})
+        run.finish({"verdict": "better"})
 
 
-def test_runs_list_show_and_diff(tmp_path, capsys):
-    write_run(tmp_path, "a", 0.5, 0.1)
-    write_run(tmp_path, "b", 0.25, 0.2)
-    (tmp_path / "not-a-run").mkdir()
-    root = ["--root", str(tmp_path)]
-    assert main(["runs", *root], {}) == 0
-    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
-        ["a", "dpo", "done", "step", "2", "loss", "0.5"],
-        ["b", "dpo", "done", "step", "2", "loss", "0.25"],
-    ]
-    assert main(["runs", "show", "a", *root, "--json"], {}) == 0
-    assert json.loads(capsys.readouterr().out)["run"]["config"] == {"lr": 0.1, "seed": 0}
-    assert main(["runs", "diff", "a", str(tmp_path / "b"), *root, "--json"], {}) == 0
-    diff = json.loads(capsys.readouterr().out)["diff"]
-    assert diff == {"name": ["a", "b"], "config.lr": [0.1, 0.2], "last.loss": [0.5, 0.25]}
-    assert main(["runs", "show", "c", *root], {}) == 3
-    assert "use one of a, b" in capsys.readouterr().err
-    assert main(["runs", "diff", "a", *root], {}) == 2
+def test_runs_list_show_and_diff(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "runs", "a", 0.5, 0.1)
+    write_run(tmp_path / "runs", "b", 0.25, 0.2)
+    (tmp_path / "runs" / "not-a-run").mkdir()
+    assert main(["runs"], {}) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in shown] == ["runs/a", "runs/b"]
+    assert main(["runs", "show", "runs/a", "--json"], {}) == 0
+    assert json.loads(capsys.readouterr().out)["config"] == {"lr": 0.1, "seed": 0}
+    assert main(["runs", "diff", "runs/a", "runs/b", "--json"], {}) == 0
+    assert json.loads(capsys.readouterr().out)["differences"] == {"lr": [0.1, 0.2]}
+    assert main(["runs", "show", "runs/c"], {}) == 3
+    assert main(["runs", "diff", "runs/a"], {}) == 2
+    assert main(["runs", "lst"], {}) == 2
+    assert 'did you mean "list"' in capsys.readouterr().err
 
 
 def test_the_panel_is_only_made_when_asked():
