@@ -31,6 +31,13 @@ def segments(folder):
     return sorted(Path(folder).glob("seg-*.safetensors"))
 
 
+@pytest.fixture(autouse=True)
+def without_sync():
+    """A test cannot cut the power, so it need not wait for the disk."""
+    with disk():
+        yield
+
+
 # keys
 
 

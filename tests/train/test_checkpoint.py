@@ -106,6 +106,13 @@ def folder(tmp_path):
     return tmp_path / "run" / "checkpoints"
 
 
+@pytest.fixture(autouse=True)
+def without_sync():
+    """A test cannot cut the power, so it need not wait for the disk."""
+    with disk():
+        yield
+
+
 # exactness
 
 
