@@ -179,7 +179,8 @@ def collate_pairs(groups: Sequence[TokenGroup]) -> PairBatch:
         chosen += [first + better for better, _ in group.preferences]
         rejected += [first + worse for _, worse in group.preferences]
         first += len(group.completions)
-    return PairBatch(collate(groups), torch.tensor(chosen), torch.tensor(rejected), _reference(groups))
+    chosen, rejected = (torch.tensor(side, dtype=torch.int64) for side in (chosen, rejected))
+    return PairBatch(collate(groups), chosen, rejected, _reference(groups))
 
 
 def best_first(group: TokenGroup) -> tuple[int, ...] | None:
