@@ -173,6 +173,30 @@ def test_usage_errors_end_with_two_and_one_line(verb, capsys, argv, says):
     assert not verb.seen
 
 
+@pytest.mark.parametrize(
+    ("text", "flags", "says"),
+    [
+        (
+            "loss: ipo\nloss_options:\n  tua: 0.1\n",
+            [],
+            'c.yaml:5: key "loss_options.tua": loss "ipo" has no option "tua"',
+        ),
+        ("loss: ipoo\n", [], 'c.yaml:3: key "loss": there is no loss "ipoo"'),
+        ("loss: ipo\n", ["--beta", "0.1"], '--beta: loss "ipo" has no option "beta"; it takes: tau, average'),
+        ("beta: -1\n", [], 'c.yaml:3: key "beta": '),
+        ("loss: simpo\n", ["--reference", "x"], '--reference: loss "simpo" has no reference [E308]'),
+        ("lora_alpha: 4\n", [], 'c.yaml:3: key "lora_alpha": has no effect without --lora-rank [E316]'),
+    ],
+)
+def test_what_is_wrong_with_a_loss_is_said_where_it_was_given(tmp_path, capsys, text, flags, says):
+    path = tmp_path / "c.yaml"
+    path.write_text("model: nowhere\ndata: nowhere.jsonl\n" + text)
+    assert main(["dpo", "-c", str(path), *flags], {}) == 2
+    shown = capsys.readouterr().err
+    assert says in shown
+    assert shown.count("\n") == 1
+
+
 def test_help_lists_the_verbs_that_exist_and_only_these(monkeypatch, capsys):
     monkeypatch.setitem(VERBS, "dream", Verb("Not built yet.", "palate.recipes.dream:DreamConfig"))
     assert main(["--help"], {}) == 0

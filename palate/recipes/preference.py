@@ -85,13 +85,21 @@ def loss_options(config: PreferenceConfig) -> dict[str, Any]:
     given = dict(config.loss_options)
     if config.loss not in losses.LOSSES:
         raise UsageError(
-            f'there is no loss "{config.loss}"', code="E303", next=f"use one of {', '.join(sorted(losses.LOSSES))}"
+            f'there is no loss "{config.loss}"',
+            where="loss",
+            code="E303",
+            next=f"use one of {', '.join(sorted(losses.LOSSES))}",
+        )
+    if config.reference is not None and not losses.info(config.loss).reference:
+        raise UsageError(
+            f'loss "{config.loss}" has no reference', where="reference", code="E308", next="leave --reference out"
         )
     takes = losses.info(config.loss).options
     if config.beta is not None:
         if "beta" not in takes:
             raise UsageError(
                 f'loss "{config.loss}" has no option "beta"; it takes: {", ".join(takes)}',
+                where="beta",
                 code="E301",
                 next=f"use --loss-options.{next(iter(takes))}" if takes else "leave --beta out",
             )
@@ -99,7 +107,9 @@ def loss_options(config: PreferenceConfig) -> dict[str, Any]:
     try:
         return losses.check_options(config.loss, given)
     except (ValueError, TypeError) as error:
-        raise UsageError(str(error), code="E307", next="see palate dpo --help and docs/losses.md") from None
+        named = next((key for key in given if f'option "{key}"' in str(error)), None)
+        where = "beta" if named == "beta" and config.beta is not None else f"loss_options.{named}" if named else "loss"
+        raise UsageError(str(error), where=where, code="E307", next="see docs/losses.md") from None
 
 
 def pin_reference(config: PreferenceConfig, prepared, say, run, groups, held):

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from palate.errors import DataError, ModelError, NotBetterError, UsageError
 from palate.train.optim import OptimConfig, UpdateConfig
@@ -83,6 +83,17 @@ class TrainingConfig(BaseModel):
     trust_remote_code: Annotated[bool, Field(description="Run Python code that the model brings")] = False
     revision: Annotated[str | None, Field(description="Commit of a Hub model; 40 hex digits with remote code")] = None
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _has_effect(self):
+        if self.lora_alpha is not None and self.lora_rank is None:
+            raise UsageError(
+                "has no effect without --lora-rank",
+                where="lora_alpha",
+                code="E316",
+                next="drop it, or give --lora-rank",
+            )
+        return self
 
 
 # what may differ between a run and its resumption: nothing that moves a number
