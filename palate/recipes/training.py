@@ -266,16 +266,6 @@ def update_config(config: TrainingConfig, rate: float) -> OptimConfig:
     return OptimConfig(lr=rate, **fields)
 
 
-def enable_checkpointing(model) -> None:
-    """Recomputes layers in backward, with dropout still off: only the layers' own flag says "training"."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True
-
-
 def default_out(config, verb: str) -> Path:
     """--out, or the next free runs/VERB-N."""
     from palate.run import next_folder
@@ -407,6 +397,7 @@ def prepare(config: TrainingConfig, read: Callable, objective_of: Callable, *, u
     from palate.data.template import load_template
     from palate.model.adapters import add_lora
     from palate.model.load import load, with_tokenizer
+    from palate.model.recompute import enable_recompute
     from palate.reference import reference_identity
     from palate.scoring import Numerics, support
 
@@ -443,7 +434,7 @@ def prepare(config: TrainingConfig, read: Callable, objective_of: Callable, *, u
         model = add_lora(model, config.lora_rank, config.lora_alpha, seed=config.seed)
         loaded = replace(loaded, model=model)
     if config.train.checkpointing:
-        enable_checkpointing(model)
+        enable_recompute(model)
     rate, reason = auto_rate(config, loaded.model.num_parameters())
     steps = count_steps(len(rows.train), config.batch, config.epochs, config.steps)
     return Prepared(loaded, rows, objective_of(numerics), precision, rate, reason, steps, identity)

@@ -95,6 +95,7 @@ def steps(
     for batch in batches:
         started = time.perf_counter()
         number = state.step + 1
+        optimizer.zero_grad()  # of a step that was broken off
         micro = [part.to(model.device) for part in batch]
         context = objective.prepare(model, micro, ranks)
         outcomes = []
@@ -104,8 +105,8 @@ def steps(
             outcomes.append(outcome)
         ranks.sum_gradients(trainable)
         norm = float(nn.utils.clip_grad_norm_(trainable, state.optim.clip_norm, foreach=True))
-        loss, metrics = _reduce(outcomes, ranks)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        loss, metrics, finite = _reduce(outcomes, ranks)
+        if not (finite and math.isfinite(loss) and math.isfinite(norm)):
             optimizer.zero_grad()
             raise _not_finite(number, outcomes, loss, norm)
         if inspect is not None:
@@ -120,22 +121,22 @@ def steps(
         yield Step(number, loss, norm, rate, tokens, time.perf_counter() - started, metrics, batch.rows)
 
 
-def _reduce(outcomes: list[Outcome], ranks: Ranks) -> tuple[float, dict[str, float]]:
-    """The whole step's loss and metrics: totals and counts over micro-batches and ranks, divided once."""
-    loss = Tally()
-    metrics: dict[str, Tally] = {}
+def _reduce(outcomes: list[Outcome], ranks: Ranks) -> tuple[float, dict[str, float], bool]:
+    """The whole step's loss and metrics, and whether all its rows are finite: summed over micro-batches and ranks."""
+    loss, metrics, finite = Tally(), {}, True
     for outcome in outcomes:
         loss = loss + Tally(outcome.loss.total.detach(), outcome.loss.count)
+        finite = finite & torch.isfinite(outcome.row_losses).all()
         for name, tally in outcome.metrics.items():
             metrics[name] = metrics.get(name, Tally()) + tally
-    shares = ranks.gather(({k: (float(t.total), t.count) for k, t in metrics.items()}, (float(loss.total), loss.count)))
-    if len(shares) > 1:
-        metrics = {}
-        for share, _ in shares:
-            for name, (total, count) in share.items():
-                metrics[name] = metrics.get(name, Tally()) + Tally(total, count)
-        loss = Tally(sum(total for _, (total, _) in shares), sum(count for _, (_, count) in shares))
-    return loss.mean, {name: tally.mean for name, tally in metrics.items()}
+    totals = {name: (float(tally.total), tally.count) for name, tally in metrics.items()}
+    shares = ranks.gather((totals, (float(loss.total), loss.count), bool(finite)))
+    metrics = {}
+    for share, _, _ in shares:
+        for name, tally in share.items():
+            metrics[name] = metrics.get(name, Tally()) + Tally(*tally)
+    loss = sum((Tally(*share) for _, share, _ in shares), Tally())
+    return loss.mean, {name: tally.mean for name, tally in metrics.items()}, all(share for _, _, share in shares)
 
 
 def _not_finite(number: int, outcomes: list[Outcome], loss: float, norm: float) -> NotFiniteError:

@@ -33,9 +33,9 @@ class Outcome:
     """What one micro-batch gave.
 
     loss: total (scalar, differentiable) over `count` units. metrics: detached tallies by their public names.
-    row_losses: per unit, for naming rows. log_ratio: (S,) policy minus reference of every completion, nats, for the
-    check at the start, and length: (S,) their scored tokens. start_losses: per unit, the loss if the policy were the
-    reference, where there is one.
+    row_losses: per unit, for naming rows; nan where a log-prob is not finite, whatever the loss makes of it.
+    log_ratio: (S,) policy minus reference of every completion, nats, for the check at the start, and length: (S,) their
+    scored tokens. start_losses: per unit, the loss if the policy were the reference, where there is one.
     """
 
     loss: Tally
@@ -117,11 +117,12 @@ class Pairwise(_Loss):
         )
         values = losses.LOSSES[self.name](columns, **self.options)
         total = scored.total.detach()
+        ratio = total if reference is None else total - reference
         return Outcome(
             loss=Tally(values.sum(), batch.units),
             metrics=pair_metrics(total, scored.length, better, worse, batch.reference, self._rewards),
-            row_losses=values.detach(),
-            log_ratio=None if reference is None else total - reference,
+            row_losses=_marked(values, ratio[better], ratio[worse]),
+            log_ratio=None if reference is None else ratio,
             length=scored.length,
             start_losses=self._start(columns),
             sources=tuple(batch.batch.sources[i] for i in better.tolist()),
@@ -145,11 +146,12 @@ class Ranked(_Loss):
         values = torch.cat([losses.LOSSES[self.name](lists, **self.options) for lists in columns])
         best, worst = (torch.cat([order[:, end] for order in batch.orders]) for end in (0, -1))
         total = scored.total.detach()
+        ratio = total if reference is None else total - reference
         return Outcome(
             loss=Tally(values.sum(), batch.units),
             metrics=pair_metrics(total, scored.length, best, worst, batch.reference, self._rewards),
-            row_losses=values.detach(),
-            log_ratio=None if reference is None else total - reference,
+            row_losses=_marked(values, torch.cat([ratio[order].sum(1) for order in batch.orders])),
+            log_ratio=None if reference is None else ratio,
             length=scored.length,
             start_losses=torch.cat([self._start(lists) for lists in columns]) if self.reference else None,
             sources=tuple(batch.batch.sources[i] for i in best.tolist()),
@@ -172,7 +174,9 @@ class SingleFeedback(_Loss):
         empty = torch.zeros(0, dtype=torch.float64)
         share = (torch.cat(policy).cpu(), torch.cat(columns).cpu()) if micro else (empty, empty)
         shares = ranks.gather(share)
-        return tuple(torch.cat(part) for part in zip(*shares, strict=True))
+        whole = tuple(torch.cat(part) for part in zip(*shares, strict=True))
+        finite = torch.isfinite(whole[0] - whole[1]).all()
+        return whole if finite else (whole[0] * torch.nan, whole[1])  # a clamp or sigmoid must not hide it
 
     def __call__(self, model, batch: FeedbackBatch, context=None) -> Outcome:
         """Summed loss over judgements; rewards of the wanted and of the unwanted completions."""
@@ -189,6 +193,7 @@ class SingleFeedback(_Loss):
         )
         values = losses.LOSSES[self.name](columns, **self.options)
         total = scored.total.detach()
+        ratio = total if reference is None else total - reference
         rewards = self._rewards(total, reference, scored.length)
         wanted = batch.label
         metrics = {
@@ -201,8 +206,8 @@ class SingleFeedback(_Loss):
         return Outcome(
             loss=Tally(values.sum(), batch.units),
             metrics=metrics,
-            row_losses=values.detach(),
-            log_ratio=None if reference is None else total - reference,
+            row_losses=_marked(values, ratio),
+            log_ratio=None if reference is None else ratio,
             length=scored.length,
             start_losses=self._start(columns),
             sources=batch.batch.sources,
@@ -279,6 +284,12 @@ def pair_metrics(total, length, better, worse, reference, rewards) -> dict[str, 
     if reference is not None:
         metrics["displaced"] = _tally(total[better] < reference[better])
     return metrics
+
+
+def _marked(values: Tensor, *ratios: Tensor) -> Tensor:
+    """The losses, nan where one of their ratios is not finite: a sigmoid makes a plain 0 or 1 of an infinite one."""
+    finite = torch.stack([torch.isfinite(ratio) for ratio in ratios]).all(0)
+    return torch.where(finite, values.detach(), torch.nan)
 
 
 def _tally(values: Tensor) -> Tally:
