@@ -9,7 +9,6 @@ import errno
 import importlib
 import importlib.util
 import inspect
-import json
 import os
 import signal
 import sys
@@ -20,6 +19,7 @@ from typing import Annotated, Any
 
 from palate import __version__
 from palate.errors import Interrupted, MachineError, PalateError, UsageError
+from palate.files import json_line
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     if as_json and verb:
         result.pop("summary", None)
         head = {"verb": verb, "status": _STATUS.get(code, "error"), "exit_code": code, "out": result.pop("out", None)}
-        _print(json.dumps(head | result, ensure_ascii=False, default=str, allow_nan=True))
+        _print(json_line(head | result).decode().rstrip("\n"))
     elif code == 0 or "summary" in result:
         lines = result.get("summary") or [f"{k:<12} {v}" for k, v in result.items() if isinstance(v, str | int | float)]
         if lines:

@@ -141,10 +141,9 @@ class Run:
         """Replaces data.json: sources with SHA-256, counts, dropped rows by reason, split seed."""
         files.write_json(self.path / "data.json", facts)
 
-    def write_rejects(self, rows: Iterable[Sequence[Any]]) -> None:
-        """Replaces rejects.jsonl by (file, line, raw, message) rows."""
-        names = ("file", "line", "raw", "message")
-        lines = [files.json_line(dict(zip(names, row, strict=True))) for row in rows]
+    def write_rejects(self, rows: Iterable[str]) -> None:
+        """Replaces rejects.jsonl by refused rows, byte for byte as they stood; why they were is in data.json."""
+        lines = [row.encode("utf-8", "surrogateescape") + b"\n" for row in rows]
         files.write_bytes(self.path / "rejects.jsonl", b"".join(lines))
 
     def log(self, line: Mapping[str, Any]) -> None:

@@ -57,35 +57,40 @@ def stream_attention(
     q, k, v = (x[0].split(palate_layout.sizes, dim=1) for x in (query, key, value))
     out = list(q)  # empty stretches and the inert tail stay what they are
 
-    def attend(stretches, keys, values):
-        queries = torch.stack([q[i] for i in stretches])
-        result = _attention(queries, torch.stack(keys), torch.stack(values), scaling, sliding_window, softcap, s_aux)
+    def attend(stretches, keys, values, rows, columns):
+        operands = (_filled([(q[i],) for i in stretches], rows), _filled(keys, columns), _filled(values, columns))
+        result = _attention(*operands, rows, columns, scaling, sliding_window, softcap, s_aux)
         for stretch, part in zip(stretches, result.unbind(0), strict=True):
             out[stretch] = part
 
-    for stems in palate_layout.stems.values():
-        attend(stems, [k[i] for i in stems], [v[i] for i in stems])
-    for pairs in palate_layout.forks.values():
+    for prompt, stems in palate_layout.stems.items():
+        attend(stems, [(k[i],) for i in stems], [(v[i],) for i in stems], prompt, prompt)
+    for (prompt, length), pairs in palate_layout.forks.items():
         # All branches are treated alike, the first one too: a completion's bits do not depend on what stands beside it.
-        attend(
-            [branch for _, branch in pairs],
-            [torch.cat((k[stem], k[branch]), dim=1) for stem, branch in pairs],
-            [torch.cat((v[stem], v[branch]), dim=1) for stem, branch in pairs],
-        )
+        keys, values = ([(x[stem], x[branch]) for stem, branch in pairs] for x in (k, v))
+        attend([branch for _, branch in pairs], keys, values, length, prompt + length)
     if value.shape[-1] != query.shape[-1]:  # an untouched stretch has the queries' width
         out = [x if x.shape[-1] == value.shape[-1] else x.new_zeros(*x.shape[:-1], value.shape[-1]) for x in out]
     return torch.cat(out, dim=1).transpose(0, 1).unsqueeze(0), None
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, scaling, window, softcap, sinks) -> Tensor:
-    """Causal attention (n, heads, L, dim), queries aligned to the lower right of the keys.
+def _filled(stretches: list[tuple[Tensor, ...]], length: int) -> Tensor:
+    """(n, heads, L, dim): each tuple laid end to end, filled up to L, the next multiple of 8.
 
-    Rows and columns are filled up to multiples of 8 and the filling is masked: the CPU kernel's scratch memory then is
-    aligned for every thread, so that the bits do not depend on which thread takes a head, or on n.
+    The CPU kernel's scratch memory then is aligned for every thread, so that the bits do not depend on which thread
+    takes a head, or on n. What fills is masked.
     """
-    rows, columns = q.shape[2], k.shape[2]
+    one = stretches[0][0]
+    if missing := -length % 8:
+        zeros = one.new_zeros(one.shape[0], missing, one.shape[2])
+        stretches = [(*parts, zeros) for parts in stretches]
+    rows = [parts[0] if len(parts) == 1 else torch.cat(parts, dim=1) for parts in stretches]
+    return rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(rows)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, rows: int, columns: int, scaling, window, softcap, sinks) -> Tensor:
+    """Causal attention (n, heads, rows, dim), the queries aligned to the lower right of `columns` keys."""
     window = None if window is None or window >= columns else window
-    q, k, v = _filled(q), _filled(k), _filled(v)
     if softcap is None and sinks is None:
         plain = rows == columns and window is None
         mask = None if plain else _allowed(rows, columns, window, q.device)
@@ -105,11 +110,6 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scaling, window, softcap, sinks)
     else:
         scores = scores.softmax(-1)
     return (scores.to(v.dtype) @ v)[:, :, :rows]
-
-
-def _filled(x: Tensor) -> Tensor:
-    missing = -x.shape[2] % 8
-    return nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
 
 
 @lru_cache(maxsize=512)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 LOGITS_PER_CHUNK = 2**25  # vocabulary times rows: 128 MiB in float32
+ROWS = 16  # the head runs on multiples of this: matrix kernels treat left-over rows apart, and round them apart
 
 
 def logit_transform(config) -> Callable[[Tensor], Tensor] | None:
@@ -44,12 +45,14 @@ def scored_rows(
     own = head.__dict__.get("forward")
     original = head.forward
     parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
-    size = max(1, LOGITS_PER_CHUNK // model.config.get_text_config(decoder=True).vocab_size)
+    size = max(1, LOGITS_PER_CHUNK // model.config.get_text_config(decoder=True).vocab_size // ROWS) * ROWS
+    count = len(targets)
+    predictors, targets = (nn.functional.pad(x, (0, -count % ROWS)) for x in (predictors, targets))
     found: list[Tensor] = []
 
     def forward(hidden: Tensor, *args, **kwargs) -> Tensor:
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, predictors)
-        found.append(_TargetLogps.apply(rows, targets, original, transform, size, *parameters))
+        found.append(_TargetLogps.apply(rows, targets, original, transform, size, *parameters)[:count])
         return hidden[..., :1]
 
     head.forward = forward
@@ -98,8 +101,14 @@ class _TargetLogps(torch.autograd.Function):
                     logits, [part, *parameters], slope.to(logits.dtype), allow_unused=True
                 )
                 row_gradients.append(first)
-                sums = [new if old is None else old if new is None else old.add_(new) for old, new in zip(sums, rest, strict=True)]
+                sums = [_added(old, new) for old, new in zip(sums, rest, strict=True)]
         return torch.cat(row_gradients), None, None, None, None, *sums
+
+
+def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    if total is None or part is None:
+        return part if total is None else total
+    return total.add_(part)
 
 
 def _wide(logits: Tensor) -> Tensor:

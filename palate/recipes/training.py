@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -97,14 +98,15 @@ class TrainingConfig(BaseModel):
 
 
 # what may differ between a run and its resumption: nothing that moves a number
-MAY_CHANGE = ("resume", "dry_run", "out", "log_every", "require_better", "save_every")
+MAY_CHANGE = ("log_every", "require_better", "save_every")
 
 
 @dataclass(frozen=True)
 class Rows:
     """Tokenised data of a run, and everything that was counted on the way.
 
-    train, held: groups. counts: what was cut, dropped and without signal. rejects: raw rows that were refused.
+    train, held: groups. counts: what was cut, dropped and without signal. rejects: refused rows as they stood, each
+    with its message.
     """
 
     train: list
@@ -112,7 +114,7 @@ class Rows:
     counts: dict[str, int]
     sources: list[dict[str, Any]]
     notes: list[str]
-    rejects: list[tuple[str, int, str, str]] = field(default_factory=list)
+    rejects: list[tuple[str, str]] = field(default_factory=list)
 
     def summary(self) -> str:
         """One line for the screen."""
@@ -126,16 +128,14 @@ def read_rows(config: TrainingConfig, read: Callable, tokenizer, limit: int, *, 
 
     read: (data) -> Records. usable: (group) -> None, or why the group cannot teach anything.
     """
-    from palate.data.records import Source
     from palate.data.tokens import control_text, notes, tokenize
 
     records = read(config.data)
     for note in [*records.notes, *records.warnings, *notes(tokenizer)]:
         say(f"data: {note}")
-    counts = {"rows": len(records)} | {f"dropped ({reason})": n for reason, n in records.dropped.items()}
-    rejects = [
-        (source.file, source.line, raw, f"{message} [{code}]") for source, raw, code, message in records.rejected
-    ]
+    counts = Counter({"rows": len(records)} | {f"dropped ({reason})": n for reason, n in records.dropped.items()})
+    counts["refused"] = len(records.rejected)
+    rejects = [(raw, message) for _, raw, _, message in records.rejected]
     sources = [dict(source, role="train") for source in records.sources]
 
     def groups_of(records) -> list:
@@ -148,14 +148,12 @@ def read_rows(config: TrainingConfig, read: Callable, tokenizer, limit: int, *, 
                 continue
             reason = usable(group)
             if reason is not None:
-                counts[reason] = counts.get(reason, 0) + 1
+                counts[reason] += 1
                 continue
             if any(control_text(text, tokenizer) for text in texts_of([record])):
-                counts["rows with control text, kept as text"] = 1 + counts.get(
-                    "rows with control text, kept as text", 0
-                )
-            counts["prompts cut"] = counts.get("prompts cut", 0) + (group.prompt_cut > 0)
-            counts["rows with a cut completion"] = counts.get("rows with a cut completion", 0) + any(group.cut)
+                counts["with control text, kept as text"] += 1
+            counts["prompts cut"] += group.prompt_cut > 0
+            counts["rows with a cut completion"] += any(group.cut)
             groups.append((record, group))
         if refused and config.bad_rows == "stop":
             lines = "\n".join(str(error) for _, error in refused[:20])
@@ -165,9 +163,8 @@ def read_rows(config: TrainingConfig, read: Callable, tokenizer, limit: int, *, 
                 next="mend these rows, or use --bad-rows skip",
             )
         for record, error in refused:
-            counts["refused"] = counts.get("refused", 0) + 1
-            source, raw = record.source or Source("memory", 0), json.dumps(asdict(record), ensure_ascii=False)
-            rejects.append((source.file, source.line, raw, str(error)))
+            counts["refused"] += 1
+            rejects.append((json.dumps(asdict(record), ensure_ascii=False), str(error)))
         return groups
 
     pairs = groups_of(records)
@@ -187,7 +184,7 @@ def read_rows(config: TrainingConfig, read: Callable, tokenizer, limit: int, *, 
     train = [group for _, group in pairs]
     if not train:
         raise DataError(f"no row of {config.data} is left to train on", code="E104", next="look at the counts above")
-    return Rows(train, held, counts, sources, list(records.notes), rejects)
+    return Rows(train, held, dict(counts), sources, list(records.notes), rejects)
 
 
 def every_tenth(tell: Callable[[int, int], None]) -> Callable[[int, int], None]:
@@ -505,7 +502,7 @@ def train(
 
     out = default_out(config, verb)
     ranks = _ranks()
-    resolved = config.model_dump(mode="json")
+    resolved = config.model_dump(mode="json", exclude={"out", "resume", "dry_run"})
     with Run.create(
         out, verb=verb, config=resolved, argv=list(argv), resume=config.resume, may_change=MAY_CHANGE
     ) as run:
@@ -526,27 +523,34 @@ def train(
                 "seed": config.seed,
                 "train": len(rows.train),
                 "held": len(rows.held),
+                "rejected": [message for _, message in rows.rejects],
             }
         )
         if rows.rejects:
-            run.write_rejects(rows.rejects)
+            run.write_rejects(raw for raw, _ in rows.rejects)
         say(f"run: {run.path} · {hardware()}")
         say(f"data: {rows.summary()}")
         say(
             f"plan: {objective.name} {objective.options} lr={prepared.rate:g} ({prepared.reason}), "
             f"{prepared.steps} steps of {config.batch}, {prepared.precision}"
         )
+        if len(rows.train) < config.batch:
+            say(f"plan: every step sees all {len(rows.train)} rows: there are fewer than --batch {config.batch}")
         groups, held, facts, inspect = rows.train, rows.held, {}, None
         if annotate is not None:
             groups, held, facts, inspect = annotate(run, groups, held)
 
+        # what a checkpoint belongs to: with LoRA the frozen weights are not in it, and the rows never are
+        data = hashlib.sha256(json.dumps([source.get("sha256") for source in rows.sources]).encode()).hexdigest()
+        meta = {"run": run.id, "start": prepared.identity, "data": data}
         state = TrainState.fresh(model, update_config(config, prepared.rate), prepared.steps)
         found, damaged = checkpoint.latest(run.checkpoints) if config.resume else (None, [])
         for path in damaged:
             say(f"resume: {path} is damaged and was left aside")
         if found is not None:
-            checkpoint.load(found, state)
             say(f"resume: from {found}")
+            for difference in checkpoint.load(found, state, meta):
+                say(f"resume: not bit-exact: {difference}")
         elif config.resume:
             say("resume: no checkpoint yet, starting at step 0")
         run.rewind(state.step)
@@ -583,6 +587,7 @@ def train(
                 eval_every=config.eval_every or fifth,
                 save_every=config.save_every or fifth,
                 keep=config.train.keep,
+                meta=meta,
                 better=better,
                 inspect=inspect if state.step == 0 else None,
                 show=lambda line: shown(line) if line["step"] % config.log_every == 0 or "loss" not in line else None,

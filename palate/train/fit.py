@@ -29,6 +29,7 @@ def fit(
     eval_every: int | None = None,
     save_every: int | None = None,
     keep: int = 2,
+    meta: dict[str, Any] | None = None,
     better: str | None = None,
     inspect: Callable[[int, list[Outcome]], None] | None = None,
     show: Callable[[dict[str, Any]], None] | None = None,
@@ -37,8 +38,8 @@ def fit(
 
     Every step is logged; evaluations and checkpoints follow it in this order, also after the last step, so that a run
     resumed from a checkpoint has every line it should have and none twice.
+    meta: what the checkpoints belong to. show: called with every logged line.
     better: the evaluation's key (higher is better) whose best checkpoint is kept beside the last `keep`.
-    show: called with every logged line.
     """
     ranks = ranks or Ranks.single()
     last = state.total_steps
@@ -54,7 +55,8 @@ def fit(
                     state.best = {"step": step.number, "value": value}
             if final or asked or (save_every and step.number % save_every == 0):
                 if ranks.first:
-                    checkpoint.save(state, run.checkpoints, keep=keep)
+                    run.sync()  # the lines that the checkpoint counts on come to the disk before it
+                    checkpoint.save(state, run.checkpoints, keep=keep, meta=meta)
             if asked and not final:
                 raise Interrupted(
                     f"stopped by {asked[0]} after step {step.number}, which is saved",
