@@ -73,7 +73,7 @@ def run(config: PreferenceConfig, *, verb: str = "dpo", argv=(), say=stderr, pan
         say=say,
         panel=panel,
         annotate=partial(pin_reference, config, prepared, say) if prepared.objective.reference else None,
-        better="eval/rewards/accuracies" if kind != "feedback" else "eval/rewards/margins",
+        better="eval/rewards/accuracies" if kind != "feedback" else "-eval/loss",
         verdict=feedback_verdict if kind == "feedback" else pair_verdict,
     )
 
@@ -196,7 +196,11 @@ def feedback_verdict(before: dict, after: dict) -> tuple[bool, str]:
     if "eval/loss" not in after:
         return False, "no held-out feedback, so nothing is shown"
     better = after["eval/loss"] < before["eval/loss"]
+    wanted, unwanted = (
+        "none held out" if value is None else f"{value:+.3f}"
+        for value in (after["eval/rewards/chosen"], after["eval/rewards/rejected"])
+    )
     return better, (
         f"held-out loss {before['eval/loss']:.4f} to {after['eval/loss']:.4f}, reward of wanted completions "
-        f"{after['eval/rewards/chosen']:+.3f}, of unwanted {after['eval/rewards/rejected']:+.3f}"
+        f"{wanted}, of unwanted {unwanted}"
     )

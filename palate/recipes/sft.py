@@ -31,7 +31,7 @@ def run(config: SftConfig, *, verb: str = "sft", argv=(), say=stderr, panel=None
     prepared = prepare(config, read, completion_nll, usable=lambda group: None, say=say)
     if config.dry_run:
         return dry_run(config, prepared, say)
-    return train(config, verb, prepared, argv=argv, say=say, panel=panel, better="eval/negative_loss", verdict=verdict)
+    return train(config, verb, prepared, argv=argv, say=say, panel=panel, better="-eval/loss", verdict=verdict)
 
 
 def verdict(before: dict, after: dict) -> tuple[bool, str]:

@@ -200,7 +200,9 @@ def every_tenth(tell: Callable[[int, int], None]) -> Callable[[int, int], None]:
 
 
 def _prompt_key(record) -> str:
-    return hashlib.blake2b(repr(record.prompt).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    """What decides the split: the prompt, and where there is none (texts) the row itself."""
+    text = repr(record.prompt or getattr(record, "completion", ""))
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def _held_out(keys: Sequence[str], seed: int) -> set[str]:
@@ -351,10 +353,12 @@ def stderr(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def require(better: bool, what: str) -> None:
-    """--require-better. Raises NotBetterError."""
+def require(better: bool, what: str, result: dict[str, Any]) -> None:
+    """--require-better. Raises NotBetterError, which carries the result: the run is finished all the same."""
     if not better:
-        raise NotBetterError(what, next="train longer, change --lr or --beta, or look at the data with palate doctor")
+        error = NotBetterError(what, next="train longer, change --lr or --beta, or look at the data with palate doctor")
+        error.result = result
+        raise error
 
 
 def _mb(size: float) -> str:
@@ -490,7 +494,8 @@ def train(
     """The run folder from first line to saved model; resumes where --resume asks for it.
 
     annotate: (run, train, held) -> (train, held, facts, inspect), for objectives with a reference.
-    better: the evaluation's key that picks the best checkpoint. verdict: (before, after) -> (shown better, sentence).
+    better: the evaluation's key that picks the best checkpoint, as for `fit`.
+    verdict: (before, after) -> (shown better, sentence).
     """
     from palate.data.stream import stream
     from palate.evaluation.preference import evaluate
@@ -620,7 +625,7 @@ def train(
         }
         run.finish(result)
     if config.require_better:
-        require(is_better, sentence)
+        require(is_better, sentence, result)
     return result
 
 

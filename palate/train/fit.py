@@ -1,5 +1,6 @@
 """fit(): the loop with a run folder around it: log, evaluate, save, stop cleanly, go on exactly where it stopped."""
 
+import math
 import signal
 import threading
 import time
@@ -39,7 +40,8 @@ def fit(
     Every step is logged; evaluations and checkpoints follow it in this order, also after the last step, so that a run
     resumed from a checkpoint has every line it should have and none twice.
     meta: what the checkpoints belong to. show: called with every logged line.
-    better: the evaluation's key (higher is better) whose best checkpoint is kept beside the last `keep`.
+    better: the evaluation's key whose best checkpoint is kept beside the last `keep`; higher is better, or lower where
+    the key follows a "-", as in "-eval/loss".
     """
     ranks = ranks or Ranks.single()
     last = state.total_steps
@@ -50,9 +52,8 @@ def fit(
             if evaluate is not None and (final or (eval_every and step.number % eval_every == 0)):
                 found = evaluate()
                 _log(run, {"step": step.number} | found, ranks, show)
-                value = found.get(better) if better else None
-                if value is not None and (state.best is None or value > state.best["value"]):
-                    state.best = {"step": step.number, "value": value}
+                if better is not None and _improves(found.get(better.lstrip("-")), state.best, better):
+                    state.best = {"step": step.number, "value": found[better.lstrip("-")]}
             if final or asked or (save_every and step.number % save_every == 0):
                 if ranks.first:
                     run.sync()  # the lines that the checkpoint counts on come to the disk before it
@@ -62,6 +63,12 @@ def fit(
                     f"stopped by {asked[0]} after step {step.number}, which is saved",
                     next=f"palate {run.verb} --resume --out {run.path}",
                 )
+
+
+def _improves(value: float | None, best: dict[str, Any] | None, better: str) -> bool:
+    if value is None or not math.isfinite(value):
+        return False
+    return best is None or (value < best["value"] if better.startswith("-") else value > best["value"])
 
 
 def _log(run: Run, line: dict[str, Any], ranks: Ranks, show) -> None:
