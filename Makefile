@@ -2,6 +2,8 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 TESTS ?= tests
+# Test processes side by side.
+JOBS ?= 2
 # Tests compare numbers of tiny models: one thread is as fast as two, and the same bits every time.
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
@@ -23,10 +25,10 @@ install: .venv/installed
 	touch $@
 
 test: install
-	@$(PY) -m pytest $(TESTS)
+	@$(PY) -m pytest -n $(JOBS) $(TESTS)
 
 check: install
-	@$(PY) -m pytest -m "not slow" $(TESTS)
+	@$(PY) -m pytest -n $(JOBS) -m "not slow" $(TESTS)
 
 lint: install
 	$(PY) -m ruff check .

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from palate.data.batch import TokenBatch, collate
+from palate.data.batch import TokenBatch, collate, float64_device
 from palate.data.tokens import TokenGroup
 from palate.errors import ModelError
 from palate.model.attention import NotShared, counted_calls, expected_calls, shared_attention
@@ -92,7 +92,7 @@ def sequence_logps(tokens: Tensor, batch: TokenBatch) -> SequenceLogps:
 
     Where a device has no float64 (MPS) the sums are taken on the CPU.
     """
-    device = torch.device("cpu") if tokens.device.type == "mps" else tokens.device
+    device = float64_device(tokens.device)
     total = torch.zeros(len(batch.length), dtype=torch.float64, device=device)
     total = total.index_add(0, batch.sequence.to(device), tokens.to(device).double())
     return SequenceLogps(total, batch.length.to(device))

@@ -107,11 +107,22 @@ class FeedbackBatch:
 AnyBatch = TypeVar("AnyBatch", TokenBatch, PairBatch, RankedBatch, FeedbackBatch)
 
 
+def float64_device(device) -> torch.device:
+    """Where sums of log-probs live: `device`, or the CPU for one that has no float64 (MPS)."""
+    device = torch.device(device)
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def _to(batch: AnyBatch, device) -> AnyBatch:
+    # what indexes sums, or is one, goes where the sums are
+    own = device if isinstance(batch, TokenBatch) else float64_device(device)
+
     def move(value):
         if isinstance(value, tuple) and value and isinstance(value[0], Tensor):
             return tuple(move(item) for item in value)
-        return value.to(device) if isinstance(value, Tensor | TokenBatch) else value
+        if isinstance(value, TokenBatch):
+            return value.to(device)
+        return value.to(own) if isinstance(value, Tensor) else value
 
     return replace(batch, **{field.name: move(getattr(batch, field.name)) for field in fields(batch)})
 

@@ -104,7 +104,7 @@ def steps(
             (outcome.loss.total / batch.units).backward()
             outcomes.append(outcome)
         ranks.sum_gradients(trainable)
-        norm = float(nn.utils.clip_grad_norm_(trainable, state.optim.clip_norm, foreach=True))
+        norm = float(nn.utils.clip_grad_norm_(trainable, state.optim.clip_norm))
         loss, metrics, finite = _reduce(outcomes, ranks)
         if not (finite and math.isfinite(loss) and math.isfinite(norm)):
             optimizer.zero_grad()

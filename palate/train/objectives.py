@@ -293,4 +293,4 @@ def _marked(values: Tensor, *ratios: Tensor) -> Tensor:
 
 
 def _tally(values: Tensor) -> Tally:
-    return Tally(values.sum().double() if values.device.type != "mps" else values.cpu().double().sum(), values.numel())
+    return Tally(values.sum().double(), values.numel())
