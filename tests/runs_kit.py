@@ -7,25 +7,8 @@ TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' %}Reply: {{ m.content }}{{ eos_token }}"
     "{% else %}{{ m.role }}: {{ m.content }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}Reply: {% endif %}"
 )
-WORDS = ("red", "blue", "green", "small", "large", "old", "new", "warm")
-WORDS += ("cold", "quick", "slow", "bright", "dark", "soft", "loud", "calm")
-    "red",
-    "blue",
-    "green",
-    "small",
-    "large",
-    "old",
-    "new",
-    "warm",
-    "cold",
-    "quick",
-    "slow",
-    "bright",
-    "dark",
-    "soft",
-    "loud",
-    "calm",
-]
+COLOURS = ("red", "blue", "green", "small", "large", "old", "new", "warm")
+WORDS = (*COLOURS, "cold", "quick", "slow", "bright", "dark", "soft", "loud", "calm")
 
 
 def save_model(folder: Path, model, tokenizer, template: str | None = None) -> Path:

@@ -39,7 +39,7 @@ def start_report(outcomes: Sequence[Outcome], objective: Objective) -> StartRepo
     starts = [outcome.start_losses for outcome in outcomes if outcome.start_losses is not None]
     ratios = [(o.log_ratio.abs() / o.length.clamp(min=1)).max() for o in outcomes if o.log_ratio is not None]
     closed = float(torch.cat(starts).mean()) if starts else None
-    return StartReport(float(max(ratios, default=0.0)), float(rows.mean()), closed)
+    return StartReport(float(torch.stack(ratios).max()) if ratios else 0.0, float(rows.mean()), closed)
 
 
 def check_start(outcomes: Sequence[Outcome], objective: Objective, suspects) -> StartReport:
@@ -50,7 +50,7 @@ def check_start(outcomes: Sequence[Outcome], objective: Objective, suspects) -> 
     """
     report = start_report(outcomes, objective)
     allowed = TOLERANCE[objective.numerics.precision]
-    if report.largest > allowed:
+    if not report.largest <= allowed:  # nan too
         raise ModelError(
             f"at step 0 policy and reference differ by {report.largest:.2g} nats a token (allowed: {allowed:g}), "
             f"although the reference is the start; what differs: {suspects()}",
@@ -62,7 +62,7 @@ def check_start(outcomes: Sequence[Outcome], objective: Objective, suspects) -> 
         if known is not None and abs(report.closed_form - known) > 1e-9:
             raise ModelError(f'loss "{objective.name}" is {report.closed_form} where its closed form is {known}')
         slack = 1e-6 + _reach(outcomes, objective)
-        if abs(report.loss - report.closed_form) > slack:
+        if not abs(report.loss - report.closed_form) <= slack:
             raise ModelError(
                 f'at step 0 loss "{objective.name}" is {report.loss:.6f}, its closed form {report.closed_form:.6f} '
                 f"(allowed difference {slack:.1g}); what differs: {suspects()}",
