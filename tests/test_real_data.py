@@ -183,8 +183,8 @@ def test_the_first_loss_is_ln_2(name, tmp_path, data_dir):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_first_loss_is_ln_2_on_every_file(name, tmp_path, data_dir):
-    """One step over a hundred rows, so that all of them stand in the first loss."""
-    _, lines, _ = train(tmp_path, data_dir, f"{data_dir / name}.jsonl[:100]", steps=1, batch=100)
+    """One step over fifty rows, so that all of them stand in the first loss."""
+    _, lines, _ = train(tmp_path, data_dir, f"{data_dir / name}.jsonl[:50]", steps=1, batch=50)
     check_start(lines)
 
 
@@ -193,8 +193,8 @@ def test_the_first_loss_is_ln_2_on_every_file(name, tmp_path, data_dir):
 def test_the_first_loss_is_ln_2_on_conversations(name, tmp_path, data_dir):
     template = tmp_path / "chat.jinja"
     template.write_text(CHAT_TEMPLATE, encoding="utf-8")
-    data = f"{data_dir / name}.jsonl[:60]"
-    _, lines, _ = train(tmp_path, data_dir, data, steps=1, batch=60, chat_template=str(template), max_length=CONTEXT)
+    data = f"{data_dir / name}.jsonl[:25]"
+    _, lines, _ = train(tmp_path, data_dir, data, steps=1, batch=25, chat_template=str(template), max_length=CONTEXT)
     check_start(lines)
 
 
