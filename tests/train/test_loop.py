@@ -310,6 +310,17 @@ def test_only_the_bad_rows_are_named():
     assert not any(f"rows.jsonl:{n}" in text for n in (1, 3, 4, 6))
 
 
+def test_an_infinite_reference_point_of_kto_stops_too():
+    """Its clamp at 0 would hide it: only the mismatched completions' scores are poisoned."""
+    policy, reference = pair_of_models(dtype=torch.float32)
+    groups = ready("kto", rows_for("kto", 4), reference)
+    groups[1] = replace(groups[1], reference=(groups[1].reference[0], math.inf))
+    state = TrainState.fresh(policy)
+    with pytest.raises(NotFiniteError, match="nothing was updated"):
+        list(steps(state, batches("kto", groups, tokens=1), objective("kto")))
+    assert state.step == 0
+
+
 def test_a_step_that_was_broken_off_leaves_nothing_in_the_next():
     """A callback or Ctrl-C in the middle of a step: its gradients are not added to the next one's."""
     policy, reference = pair_of_models(dtype=torch.float32)
