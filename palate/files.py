@@ -29,6 +29,7 @@ except ImportError:  # Windows has no lockf; there a run folder is not guarded
 MANIFEST = "manifest.json"
 FORMAT = 1
 _CHUNK = 1 << 24
+_RESTORE = "put a copy of the file back, or take another folder"
 
 
 class Operations:
@@ -168,7 +169,7 @@ def read_json(path: str | os.PathLike) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"is not JSON: {error}", where=str(path), code="E501") from None
+        raise CheckpointError(f"is not JSON: {error}", where=str(path), code="E501", next=_RESTORE) from None
 
 
 def _write(path: Path, parts: list) -> None:
@@ -289,7 +290,8 @@ def load_tensors(path: str | os.PathLike, *, framework: str = "pt") -> dict[str,
     except FileNotFoundError:
         raise NotThereError("no such file", where=str(path), next="check the path") from None
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"is no whole safetensors file: {error}", where=str(path), code="E501") from None
+        what = f"is no whole safetensors file: {error}"
+        raise CheckpointError(what, where=str(path), code="E501", next=_RESTORE) from None
     except OSError as error:
         raise _machine_error(error, path, "read") from error
 
@@ -380,6 +382,17 @@ def verify_folder(path: str | os.PathLike) -> dict[str, Any]:
         if present:
             raise _damaged(next(iter(present.values())), "is not in the manifest: palate did not write it here")
     return manifest
+
+
+def check_new(path: str | os.PathLike) -> None:
+    """Nothing, where `path` could be made; UsageError (E313) where a file stands above it, MachineError (E314) where
+    its folder may not be written."""
+    whole = Path(os.path.abspath(path))
+    above = next(folder for folder in (whole, *whole.parents) if os.path.lexists(folder))
+    if not above.is_dir():
+        raise UsageError(f"{above} is a file, no folder", where=str(path), code="E313", next="take another --out")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise _machine_error(PermissionError(errno.EACCES, os.strerror(errno.EACCES)), above, "written")
 
 
 def make_folder(path: str | os.PathLike) -> None:

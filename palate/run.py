@@ -51,13 +51,7 @@ class Run:
         difference in verb or config; MachineError (E503) where another process owns it, (E314) where nobody may write.
         """
         path = Path(out)
-        if path.exists() and not path.is_dir():
-            raise UsageError("is not a folder", where=str(path), code="E313", next="take a new --out")
-        there = _content(path)
-        if there and not resume:
-            raise UsageError("is not empty", where=str(path), code="E313", next="take a new --out, or add --resume")
-        if there and "run.json" not in there and there != {"config.yaml"}:
-            raise UsageError("holds no run to resume", where=str(path), code="E313", next="take a new --out")
+        check_out(path, resume=resume)
         files.make_folder(path)
         lock = Lock(path / _LOCK)
         try:
@@ -273,6 +267,18 @@ def _content(path: Path) -> set[str]:
         except FileNotFoundError:
             return set()
     return {name for name in names if name != _LOCK and not (name.startswith(".") and name.endswith(".tmp"))}
+
+
+def check_out(path: Path, *, resume: bool = False) -> None:
+    """Nothing, where a run may begin in `path`, or with `resume` go on; the errors are those of `Run.create`."""
+    if path.exists() and not path.is_dir():
+        raise UsageError("is not a folder", where=str(path), code="E313", next="take a new --out")
+    files.check_new(path)
+    there = _content(path)
+    if there and not resume:
+        raise UsageError("is not empty", where=str(path), code="E313", next="take a new --out, or add --resume")
+    if there and "run.json" not in there and there != {"config.yaml"}:
+        raise UsageError("holds no run to resume", where=str(path), code="E313", next="take a new --out")
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -861,11 +861,11 @@ def check_columns(columns: Mapping[str, str | None] | None) -> dict[str, str]:
         if ours not in NAMES:
             near = get_close_matches(str(ours), NAMES, n=1)
             hint = f'use "{near[0]}"' if near else f"the names are {', '.join(NAMES)}"
-            raise UsageError(f'there is no column "{shown(ours)}" to fill', where="--columns", next=hint)
+            what = f'there is no column "{shown(ours)}" to fill'
+            raise UsageError(what, where="--columns", code="E303", next=hint)
         if theirs is not None and not isinstance(theirs, str):
-            raise UsageError(
-                f'"{ours}" is to be read from {kind(theirs)}', where="--columns", next="give a column's name"
-            )
+            what = f'"{ours}" is to be read from {kind(theirs)}'
+            raise UsageError(what, where="--columns", code="E303", next="give a column's name")
         checked[ours] = theirs or ""
     return checked
 

@@ -79,7 +79,8 @@ def file_format(path: str, format: str | None = None) -> str:
     if format is not None:
         if format not in FORMATS.values():
             known = ", ".join(sorted(set(FORMATS.values())))
-            raise UsageError(f'"{shown(format)}" is no data format', where="--format", next=f"use one of {known}")
+            what = f'"{shown(format)}" is no data format'
+            raise UsageError(what, where="--format", code="E303", next=f"use one of {known}")
         return format
     ending = os.path.splitext(path)[1].lower()
     if ending not in FORMATS:
@@ -594,6 +595,15 @@ def as_json(value: Any) -> bytes:
         return json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
     except (ValueError, TypeError, RecursionError):
         return ascii(type(value).__name__).encode()
+
+
+def raw_rows(path: str, lines: set[int], format: str | None = None) -> dict[int, str]:
+    """Line -> the row as it stands there, for some rows of a file that was read before.
+
+    Bytes that are no UTF-8 are lone surrogates in the text; a table's rows, which have no text, are JSON.
+    """
+    found = (row for row in Rows(path, format=format) if row.line in lines)
+    return {row.line: (row.raw or as_json(row.value)).decode("utf-8", "surrogateescape") for row in found}
 
 
 def _mark(state: os.stat_result) -> tuple[int, int, int, int]:

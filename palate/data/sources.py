@@ -64,7 +64,7 @@ def read_demonstrations(
     turns: "all" trains every assistant turn of a conversation, "last" the last alone.
     """
     if turns not in ("all", "last"):
-        raise UsageError(f'turns "{shown(turns)}" is unknown', where="--turns", next="use all or last")
+        raise UsageError(f'turns "{shown(turns)}" is unknown', where="--turns", code="E303", next="use all or last")
     tables = [*dialects.DEMONSTRATIONS, *dialects.PAIRS, *dialects.TEXTS]
     tables.sort(key=lambda d: d.kind == "pair" and d.needs == ("chosen", "rejected"))
     reading = _Reading(data, tables, "demonstrations", columns, format, bad_rows, rejects)
@@ -213,7 +213,7 @@ def _open_one(name: str, format: str | None) -> Rows | _Table:
         bounds = re.fullmatch(r"\s*(\d{0,15})\s*:\s*(\d{0,15})\s*", inside)
         if not bounds:
             what = f'the slice "[{shown(inside, 40)}]" is not understood'
-            raise UsageError(what, where=shown(name, 400), next="write [:500], [100:] or [100:200]")
+            raise UsageError(what, where=shown(name, 400), code="E303", next="write [:500], [100:] or [100:200]")
         first, stop = int(bounds[1] or 0), int(bounds[2]) if bounds[2] else None
     if name.startswith("builtin:"):
         what = "builtin data sets are not part of this version"
@@ -259,7 +259,8 @@ class _Reading:
 
     def __init__(self, data, tables: list[Dialect], wanted: str, columns, format, bad_rows: str, rejects):
         if bad_rows not in ("stop", "skip", "keep"):
-            raise UsageError(f'bad_rows "{shown(bad_rows)}" is unknown', where="--bad-rows", next="use stop or skip")
+            what = f'bad_rows "{shown(bad_rows)}" is unknown'
+            raise UsageError(what, where="--bad-rows", code="E303", next="use stop or skip")
         self.names = dialects.check_columns(columns)
         self.opened = _open(data, format)
         self.tables, self.wanted, self.bad_rows, self.rejects = tables, wanted, bad_rows, rejects

@@ -67,9 +67,11 @@ def load_template(template: str | Path, tokenizer) -> str:
         try:
             template = path.read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise NotThereError("there is no such file", where=name, next="name a file that exists") from None
+            raise NotThereError(
+                "there is no such file", where=name, code="E408", next="name a file that exists"
+            ) from None
         except (OSError, UnicodeDecodeError) as error:
-            raise ModelError(f"the template cannot be read: {_words(error)}", where=name, code="E408") from None
+            raise _broken(f"the template cannot be read: {_words(error)}", name) from None
     check_template(template, tokenizer, where=name)
     tokenizer.chat_template = template
     return template

@@ -15,6 +15,7 @@ from palate.errors import ModelError
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _DTYPE = re.compile(r"BOOL|BF16|C64|F4|(?:[UI](?:8|16|32|64)|F(?:16|32|64))|F8_E\w+|F6_E\w+")
+AGAIN = "write or download the file again"
 _MAX_HEADER = 100_000_000  # what the safetensors format itself allows
 
 
@@ -74,7 +75,7 @@ def check_remote_code(path: Path, content: dict, trusted: bool) -> None:
             f"the model asks to run its own Python, {shown(first)}",
             where=f'{path}: field "auto_map"',
             code="E403",
-            next="read that code, then allow it with trust_remote_code and its 40-digit revision",
+            next="read that code, then allow it: --trust-remote-code and --revision with the commit's 40 digits",
         )
 
 
@@ -204,9 +205,9 @@ def read_object(path: Path, code: str = "E401") -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"not JSON: {first_line(error)}", where=str(path), code=code) from error
+        raise ModelError(f"not JSON: {first_line(error)}", where=str(path), code=code, next=AGAIN) from error
     if not isinstance(content, dict):
-        raise ModelError("no JSON object", where=str(path), code=code)
+        raise ModelError("no JSON object", where=str(path), code=code, next=AGAIN)
     return content
 
 

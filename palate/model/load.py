@@ -96,12 +96,13 @@ def load(
         raise UsageError(
             "trust_remote_code runs Python that comes with the model, so it needs the commit that you read",
             where=f"model {text!r}",
+            code="E308",
             next="give the full 40-digit revision as well",
         )
     how = _How(dtype, device, trust_remote_code, revision, seed)
     if text.startswith("builtin:"):
         known = ", ".join(BUILTIN) or "none"
-        raise NotThereError(f"there is no model {text!r}; built-in models: {known}", next=_NAMES)
+        raise NotThereError(f"there is no model {text!r}; built-in models: {known}", code="E401", next=_NAMES)
     if text.startswith("new:"):
         return _new(text, how)
     path = Path(text).expanduser()
@@ -110,7 +111,7 @@ def load(
     if path.is_file():
         return _named(_from_gguf(text, path, how))
     if path.is_absolute() or text.startswith((".", "~")) or not _HUB_ID.fullmatch(text) or text.endswith(".gguf"):
-        raise NotThereError(f"there is no model at {text!r}", next=_NAMES)
+        raise NotThereError(f"there is no model at {text!r}", code="E401", next=_NAMES)
     return _named(_from_folder(text, _snapshot(text, how), how), text)
 
 
@@ -188,7 +189,11 @@ def with_tokenizer(loaded: LoadedModel, texts: Iterable[str]) -> LoadedModel:
     """`loaded` with a tokenizer trained on `texts` for the model's vocabulary, where it came without one."""
     if loaded.tokenizer is not None:
         return loaded
-    tokenizer = train_tokenizer(texts, loaded.model.get_input_embeddings().weight.shape[0])
+    try:
+        tokenizer = train_tokenizer(texts, loaded.model.get_input_embeddings().weight.shape[0])
+    except ModelError as error:
+        error.where = loaded.name
+        raise
     _adopt_ids(loaded.model, tokenizer)
     note = f"a tokenizer of {len(tokenizer)} tokens was trained on the data"
     return replace(loaded, tokenizer=tokenizer, notes=(*loaded.notes, note))
@@ -273,7 +278,8 @@ def _from_adapter(text: str, folder: Path, how: _How) -> LoadedModel:
     config = read_object(folder / "adapter_config.json")
     if config.get("peft_type") != "LORA" or config.get("megatron_config"):
         kind = config.get("peft_type")
-        raise ModelError(f"the adapter is of kind {kind!r}; palate reads LoRA", where=str(folder), code="E409")
+        what = f"the adapter is of kind {kind!r}; palate reads LoRA"
+        raise ModelError(what, where=str(folder), code="E409", next="merge it with peft, and name the merged model")
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
         refuse_weights(folder)
@@ -320,7 +326,8 @@ def _new(text: str, how: _How) -> LoadedModel:
     path = Path(text.removeprefix("new:")).expanduser()
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
-        raise NotThereError(f"there is no config at {str(path)!r}", where=text, next="name a model's config.json")
+        what = f"there is no config at {str(path)!r}"
+        raise NotThereError(what, where=text, code="E401", next="name a model's config.json")
     content = read_object(path)
     check_remote_code(path, content, how.trust_remote_code)
     kind = content.get("model_type")
@@ -358,6 +365,7 @@ def _snapshot(hub_id: str, how: _How) -> Path:
     except Exception as error:
         raise NotThereError(
             f"{hub_id!r} is no folder here, and as a Hub id it could not be fetched: {first_line(error)}",
+            code="E401",
             next="check the spelling, the network and your Hub login, or name a local folder",
         ) from error
 
@@ -625,10 +633,14 @@ def _device(value: str | torch.device) -> torch.device:
     try:
         device = torch.device(value)
     except RuntimeError:
-        raise UsageError(f"there is no device {value!r}", next="choose auto, cpu, cuda or mps") from None
-    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type, lambda: True)()
-    if not there:
-        raise MachineError(f"this machine has no {device.type} device", next="use --device cpu")
+        device = None
+    found = {"cpu": lambda: True, "cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if device is None or device.type not in found:
+        what = f"there is no device {value!r}"
+        raise UsageError(what, where="device", code="E303", next="choose auto, cpu, cuda or mps")
+    if not found[device.type]():
+        what = f"this machine has no {device.type} device"
+        raise MachineError(what, where="device", code="E318", next="use --device cpu")
     return device
 
 
@@ -646,4 +658,5 @@ def _refusing(where: str, code: str, what: str = "the model cannot be read") -> 
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise MachineError("memory ran out while loading the model", where=where) from error
     except Exception as error:
-        raise ModelError(f"{what}: {first_line(error)}", where=where, code=code) from error
+        hint = "check that all of its files belong together, or download it again"
+        raise ModelError(f"{what}: {first_line(error)}", where=where, code=code, next=hint) from error

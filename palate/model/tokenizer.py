@@ -25,6 +25,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
     if vocab_size < 256 + len(special):
         raise ModelError(
             f"a tokenizer needs at least {256 + len(special)} tokens, the config's vocab_size is {vocab_size}",
+            code="E407",
             next="raise vocab_size or put a tokenizer beside the config",
         )
     core = Tokenizer(models.BPE())

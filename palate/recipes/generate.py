@@ -1,12 +1,11 @@
 """Prompts and a policy to completions."""
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from palate.errors import UsageError
-from palate.recipes.training import stderr, with_own_tokenizer
+from palate.errors import DataError
+from palate.recipes.training import check_model_options, check_new_file, stderr, with_own_tokenizer, write_lines
 
 
 class GenerateConfig(BaseModel):
@@ -35,12 +34,11 @@ def run(config: GenerateConfig, *, verb: str = "generate", argv=(), say=stderr, 
     from palate.data.sources import read_prompts
     from palate.data.template import load_template
     from palate.data.tokens import decode_completion, encode_prompt, end_tokens
-    from palate.files import write_json_lines
     from palate.model.load import load
     from palate.sampling.generate import generate
 
-    if Path(config.out).exists():
-        raise UsageError(f"{config.out} exists already", code="E313", next="name another --out")
+    check_model_options(config, config.model)
+    check_new_file(config.out)
     records = read_prompts(config.data, columns=config.columns or None, format=config.format, bad_rows=config.bad_rows)
     loaded = with_own_tokenizer(
         load(config.model, device=config.device, trust_remote_code=config.trust_remote_code, revision=config.revision)
@@ -48,7 +46,21 @@ def run(config: GenerateConfig, *, verb: str = "generate", argv=(), say=stderr, 
     tokenizer = loaded.tokenizer
     if config.chat_template is not None:
         load_template(config.chat_template, tokenizer)
-    prompts = [encode_prompt(record.prompt, tokenizer) for record in records]
+    kept, prompts, refused = [], [], []
+    for record in records:
+        try:
+            prompts.append(encode_prompt(record.prompt, tokenizer, where=str(record.source)))
+            kept.append(record.prompt)
+        except DataError as error:
+            refused.append(str(error))
+    if refused and config.bad_rows == "stop":
+        raise DataError(
+            f"{len(refused)} prompts cannot be completed; the first:\n" + "\n".join(refused[:20]),
+            code="E200",
+            next="mend these rows, or use --bad-rows skip",
+        )
+    if not prompts:
+        raise DataError(f"no prompt of {config.data} is left", code="E104", next="look at the messages above")
     ends = end_tokens(tokenizer)
     made = generate(
         loaded.model,
@@ -63,7 +75,7 @@ def run(config: GenerateConfig, *, verb: str = "generate", argv=(), say=stderr, 
     rows = []
     for sample in made:
         written = sample.ids[:-1] if sample.finished else sample.ids  # the end token is no text
-        prompt = records[sample.prompt].prompt
+        prompt = kept[sample.prompt]
         rows.append(
             {
                 "prompt": prompt
@@ -76,11 +88,12 @@ def run(config: GenerateConfig, *, verb: str = "generate", argv=(), say=stderr, 
                 "finished": sample.finished,
             }
         )
-    write_json_lines(Path(config.out), rows)
+    write_lines(config.out, rows)
     finished = sum(row["finished"] for row in rows)
     return {
         "out": config.out,
         "completions": len(rows),
+        "refused": len(refused) + len(records.rejected),
         "finished": finished,
         "tokens": sum(row["tokens"] for row in rows),
         "summary": f"{config.out}: {len(rows)} completions, {finished} finished",

@@ -5,6 +5,7 @@ zero and the loss at its closed form, or nothing is trained.
 """
 
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -47,7 +48,9 @@ def run(config: PreferenceConfig, *, verb: str = "dpo", argv=(), say=stderr, pan
     kind = losses.info(config.loss).kind
     if (kind == "feedback") != (verb == "kto"):
         other = "kto" if kind == "feedback" else "dpo"
-        raise UsageError(f'loss "{config.loss}" is not one of palate {verb}', next=f"use palate {other}")
+        raise UsageError(
+            f'loss "{config.loss}" is not one of palate {verb}', where="loss", code="E308", next=f"use palate {other}"
+        )
 
     def usable(group) -> str | None:
         if kind == "ranked":
@@ -63,6 +66,7 @@ def run(config: PreferenceConfig, *, verb: str = "dpo", argv=(), say=stderr, pan
     prepared = prepare(
         config, read, lambda numerics: objective(config.loss, numerics, **options), usable=usable, say=say
     )
+    waiting = [load_reference(config, prepared)]  # before a folder is made; taken out once, so that it can be freed
     if config.dry_run:
         return dry_run(config, prepared, say)
     return train(
@@ -72,7 +76,7 @@ def run(config: PreferenceConfig, *, verb: str = "dpo", argv=(), say=stderr, pan
         argv=argv,
         say=say,
         panel=panel,
-        annotate=partial(pin_reference, config, prepared, say) if prepared.objective.reference else None,
+        annotate=partial(pin_reference, config, prepared, waiting, say) if prepared.objective.reference else None,
         better="eval/rewards/accuracies" if kind != "feedback" else "-eval/loss",
         verdict=feedback_verdict if kind == "feedback" else pair_verdict,
     )
@@ -96,6 +100,9 @@ def loss_options(config: PreferenceConfig) -> dict[str, Any]:
         )
     takes = losses.info(config.loss).options
     if config.beta is not None:
+        if "beta" in given:
+            what = "are two values for one option"
+            raise UsageError(what, where="beta, loss_options.beta", code="E308", next="keep one")
         if "beta" not in takes:
             raise UsageError(
                 f'loss "{config.loss}" has no option "beta"; it takes: {", ".join(takes)}',
@@ -112,12 +119,31 @@ def loss_options(config: PreferenceConfig) -> dict[str, Any]:
         raise UsageError(str(error), where=where, code="E307", next="see docs/losses.md") from None
 
 
-def pin_reference(config: PreferenceConfig, prepared, say, run, groups, held):
-    """Groups with their reference column, from the run folder, the store or a pass over the reference.
+def load_reference(config: PreferenceConfig, prepared):
+    """The model that --reference names; None without one, and where the run to resume has its scores already.
 
-    The column is pinned in the run folder, which is read alone from then on.
+    Raises ModelError (E410) where its tokenizer is not the policy's.
     """
     from palate.model.load import check_same_tokenizer, load
+
+    pinned = config.resume and config.out is not None and (Path(config.out) / "reference.safetensors").exists()
+    if config.reference is None or pinned:
+        return None
+    other = load(
+        config.reference,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+        revision=config.revision,
+    )
+    check_same_tokenizer(prepared.loaded.tokenizer, other.tokenizer)
+    return other.model
+
+
+def pin_reference(config: PreferenceConfig, prepared, waiting: list, say, run, groups, held):
+    """Groups with their reference column, from the run folder, the store or a pass over the reference.
+
+    The column is pinned in the run folder, which is read alone from then on. waiting: holds what `load_reference` gave.
+    """
     from palate.reference import ReferenceColumn, reference_column, reference_identity, with_reference
     from palate.store import reference_store
     from palate.train.selfcheck import check_start, start_report
@@ -126,16 +152,8 @@ def pin_reference(config: PreferenceConfig, prepared, say, run, groups, held):
     everything = [*groups, *held]
     column = ReferenceColumn.read(run.reference_path, everything)
     if column is None:
-        reference = model
-        if config.reference is not None:
-            other = load(
-                config.reference,
-                device=config.device,
-                trust_remote_code=config.trust_remote_code,
-                revision=config.revision,
-            )
-            check_same_tokenizer(prepared.loaded.tokenizer, other.tokenizer)
-            reference = other.model
+        other = waiting.pop()
+        reference = model if other is None else other
         store = reference_store(reference_identity(reference, prepared.precision))
         column = reference_column(
             everything,

@@ -1,12 +1,19 @@
 """Log-probs, implicit rewards and margins of a data file under a model, and a reference where one is named."""
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from palate.errors import DataError, UsageError
-from palate.recipes.training import resolve_precision, stderr, with_own_tokenizer
+from palate.errors import DataError
+from palate.recipes.training import (
+    check_model_options,
+    check_new_file,
+    max_length,
+    resolve_precision,
+    stderr,
+    with_own_tokenizer,
+    write_lines,
+)
 
 
 class ScoreConfig(BaseModel):
@@ -41,15 +48,13 @@ def run(config: ScoreConfig, *, verb: str = "score", argv=(), say=stderr, panel=
     from palate.data.sources import read_any
     from palate.data.template import load_template
     from palate.data.tokens import tokenize
-    from palate.files import write_json_lines
     from palate.model.load import check_same_tokenizer, load
-    from palate.recipes.training import max_length
     from palate.reference import reference_column, reference_identity
     from palate.scoring import Numerics
     from palate.store import reference_store
 
-    if Path(config.out).exists():
-        raise UsageError(f"{config.out} exists already", code="E313", next="name another --out")
+    check_model_options(config, config.model, config.reference)
+    check_new_file(config.out)
     records = read_any(config.data, columns=config.columns or None, format=config.format, bad_rows=config.bad_rows)
     for note in records.notes:
         say(f"data: {note}")
@@ -58,6 +63,10 @@ def run(config: ScoreConfig, *, verb: str = "score", argv=(), say=stderr, panel=
     if config.chat_template is not None:
         load_template(config.chat_template, policy.tokenizer)
     limit = max_length(config, policy.model)
+    other = None
+    if config.reference is not None:
+        other = with_own_tokenizer(load(config.reference, **options))
+        check_same_tokenizer(policy.tokenizer, other.tokenizer)
     groups, refused = [], []
     for record in records:
         try:
@@ -80,22 +89,18 @@ def run(config: ScoreConfig, *, verb: str = "score", argv=(), say=stderr, panel=
         return reference_column(groups, loaded.model, numerics=numerics, tokens=config.tokens, store=store)
 
     scored = column(policy)
-    reference = None
-    if config.reference is not None:
-        other = with_own_tokenizer(load(config.reference, **options))
-        check_same_tokenizer(policy.tokenizer, other.tokenizer)
-        reference = column(other)
+    reference = None if other is None else column(other)
     rows = []
     for index, group in enumerate(groups):
         lengths = [scored_length(group, k) for k in range(len(group.completions))]
         base = None if reference is None else reference.totals[index]
         rows.append(_row(group, scored.totals[index], base, lengths, config.beta))
-    write_json_lines(Path(config.out), rows)
+    write_lines(config.out, rows)
     pairs = [row for row in rows if "chosen_logp" in row]
     result: dict[str, Any] = {
         "out": config.out,
         "rows": len(rows),
-        "refused": len(refused),
+        "refused": len(refused) + len(records.rejected),
         "scored": scored.scored,
         "reused": scored.reused,
     }

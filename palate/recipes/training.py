@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -56,7 +57,7 @@ class TrainingConfig(BaseModel):
         int | None,
         Field(gt=1, description="Tokens of prompt + longer completion; default: min(1024, the model's context)"),
     ] = None
-    seed: Annotated[int, Field(ge=0, description="Of order, split and new weights")] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63, description="Of order, split and new weights")] = 0
     lora_rank: Annotated[int | None, Field(gt=0, description="Train low-rank adapters of this rank; default: off")] = (
         None
     )
@@ -94,6 +95,9 @@ class TrainingConfig(BaseModel):
                 code="E316",
                 next="drop it, or give --lora-rank",
             )
+        for name in ("eval_every", "require_better"):
+            if self.eval == "none" and getattr(self, name):
+                raise UsageError("has no effect without --eval", where=name, code="E316", next="drop one of the two")
         return self
 
 
@@ -123,14 +127,15 @@ class Rows:
         return ", ".join(shown)
 
 
-def read_rows(config: TrainingConfig, read: Callable, tokenizer, limit: int, *, usable: Callable, say: Say) -> Rows:
-    """Records of --data and --eval as groups; refused rows stop the run, or are kept aside under --bad-rows skip.
+def read_rows(config: TrainingConfig, records, other, tokenizer, limit: int, *, usable: Callable, say: Say) -> Rows:
+    """Records as groups; rows refused here too stop the run, or are kept aside under --bad-rows skip.
 
-    read: (data) -> Records. usable: (group) -> None, or why the group cannot teach anything.
+    records: of --data. other: of --eval, where that is data of its own. usable: (group) -> None, or why the group
+    cannot teach anything.
     """
+    from palate.data.rows import raw_rows
     from palate.data.tokens import control_text, notes, tokenize
 
-    records = read(config.data)
     for note in [*records.notes, *records.warnings, *notes(tokenizer)]:
         say(f"data: {note}")
     counts = Counter({"rows": len(records)} | {f"dropped ({reason})": n for reason, n in records.dropped.items()})
@@ -162,9 +167,14 @@ def read_rows(config: TrainingConfig, read: Callable, tokenizer, limit: int, *, 
                 code="E200",
                 next="mend these rows, or use --bad-rows skip",
             )
+        lines_of: dict[str, set[int]] = {}
+        for record, _ in refused:
+            lines_of.setdefault(record.source.path, set()).add(record.source.line)
+        stood = {path: raw_rows(path, lines, config.format) for path, lines in lines_of.items() if os.path.isfile(path)}
         for record, error in refused:
             counts["refused"] += 1
-            rejects.append((json.dumps(asdict(record), ensure_ascii=False), str(error)))
+            as_read = json.dumps(asdict(record), ensure_ascii=False)
+            rejects.append((stood.get(record.source.path, {}).get(record.source.line, as_read), str(error)))
         return groups
 
     pairs = groups_of(records)
@@ -175,8 +185,9 @@ def read_rows(config: TrainingConfig, read: Callable, tokenizer, limit: int, *, 
         held = [group for record, group in pairs if _prompt_key(record) in held_prompts]
         pairs = [(record, group) for record, group in pairs if _prompt_key(record) not in held_prompts]
     else:
-        other = read(config.eval)
         sources += [dict(source, role="eval") for source in other.sources]
+        counts["refused"] += len(other.rejected)
+        rejects += [(raw, message) for _, raw, _, message in other.rejected]
         held_pairs = groups_of(other)
         shared = {_prompt_key(record) for record, _ in pairs} & {_prompt_key(record) for record, _ in held_pairs}
         counts["prompts shared with eval"] = len(shared)
@@ -209,6 +220,39 @@ def _held_out(keys: Sequence[str], seed: int) -> set[str]:
     """5 % of the distinct prompts, at most 300, by a hash of (seed, prompt): the same however the file is ordered."""
     distinct = sorted(set(keys), key=lambda key: hashlib.blake2b(f"{seed} {key}".encode()).digest())
     return set(distinct[: min(300, len(distinct) // 20)])
+
+
+def check_model_options(config, *names: str | None) -> None:
+    """Nothing, where --revision and --trust-remote-code fit the models of these names; else UsageError."""
+    if config.trust_remote_code:
+        if not re.fullmatch(r"[0-9a-f]{40}", config.revision or ""):
+            what = "runs Python that comes with the model, so it needs the commit that you read"
+            raise UsageError(what, where="trust_remote_code", code="E308", next="give --revision with its 40 digits")
+        return
+
+    def here(name: str) -> bool:  # an adapter here may have its base on the Hub
+        path = Path(name).expanduser()
+        return name.startswith("new:") or (path.exists() and not (path / "adapter_config.json").is_file())
+
+    if config.revision is not None and all(here(name) for name in names if name is not None):
+        raise UsageError("has no effect on local models", where="revision", code="E316", next="drop it")
+
+
+def check_new_file(out: str) -> None:
+    """Nothing, where a file may be made at --out; else UsageError or MachineError."""
+    from palate.files import check_new
+
+    if Path(out).exists():
+        raise UsageError(f"{out} exists already", code="E313", next="name another --out")
+    check_new(out)
+
+
+def write_lines(out: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes --out of score and generate, and the folder above it."""
+    from palate.files import make_folder, write_json_lines
+
+    make_folder(Path(out).parent)
+    write_json_lines(Path(out), rows)
 
 
 def with_own_tokenizer(loaded):
@@ -394,15 +438,23 @@ def prepare(config: TrainingConfig, read: Callable, objective_of: Callable, *, u
 
     read: (data) -> Records. objective_of: (numerics) -> objective. usable: see `read_rows`.
     """
+    from palate.data.sources import refuse_shared_rows
     from palate.data.stream import count_steps
     from palate.data.template import load_template
     from palate.model.adapters import add_lora
     from palate.model.load import load, with_tokenizer
     from palate.model.recompute import enable_recompute
     from palate.reference import reference_identity
+    from palate.run import check_out
     from palate.scoring import Numerics, support
 
+    check_model_options(config, config.model, getattr(config, "reference", None))
+    if config.out is not None and not config.dry_run:
+        check_out(Path(config.out), resume=config.resume)
     records = read(config.data)  # bad rows are named before a model is loaded
+    other = read(config.eval) if config.eval not in ("auto", "none") else None
+    if other is not None:
+        refuse_shared_rows(records, other)
     loaded = load(
         config.model,
         device=config.device,
@@ -420,7 +472,8 @@ def prepare(config: TrainingConfig, read: Callable, objective_of: Callable, *, u
     limit = max_length(config, model)
     rows = read_rows(
         config,
-        lambda data: records if data == config.data else read(data),
+        records,
+        other,
         loaded.tokenizer,
         limit,
         usable=usable,

@@ -242,16 +242,15 @@ def test_the_evaluation_split_is_by_prompt_and_not_by_order(palate, tiny, tmp_pa
     for order in (1, -1):
         data = write_rows(tmp_path / f"d{order}.jsonl", rows[::order])
         config = PreferenceConfig(model=str(tiny), data=str(data))
-        read = partial(read_rows, config, read_pairs, tokenizer, 256, usable=lambda g: None, say=lambda t: None)
-        found = read()
+        read = partial(read_rows, other=None, tokenizer=tokenizer, limit=256, usable=lambda g: None, say=lambda t: None)
+        found = read(config, read_pairs(config.data))
         held, train = ({tokenizer.decode(g.prompt) for g in groups} for groups in (found.held, found.train))
         assert len(held) == 2  # 5 % of 45
         assert not held & train
         assert len(found.held) == 8
         seen.append(held)
     assert seen[0] == seen[1]
-    other = read_rows(config.model_copy(update={"seed": 1}), read_pairs, tokenizer, 256, usable=lambda g: None,
-                      say=lambda t: None)  # fmt: skip
+    other = read(config.model_copy(update={"seed": 1}), read_pairs(config.data))
     assert {tokenizer.decode(g.prompt) for g in other.held} != seen[0]
 
 
