@@ -41,6 +41,15 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(reference, "MICRO_BATCHES_PER_PART", 1)
 
 
+def data_of(folder: Path, verb: str = "dpo", count: int = 24) -> dict[str, Path]:
+    """Rows to train on, and a quarter as many others held out."""
+    rows = list(VERBS[verb](count + count // 4))
+    return {
+        "data": write_rows(folder / "rows.jsonl", rows[:count]),
+        "eval": write_rows(folder / "held.jsonl", rows[count:]),
+    }
+
+
 def ends(run: Path):
     """What must be equal: every weight, every moment, every metric but times, samples, the saved model."""
     run, last = Path(run), sorted(Path(run, "checkpoints").glob("step-*"))[-1]
@@ -88,8 +97,7 @@ DEATHS = [
 @pytest.mark.parametrize("verb, extra, shares", DEATHS)
 def test_dead_at_any_place_and_resumed(palate, tiny, tmp_path, monkeypatch, small_parts, verb, extra, shares):
     """Died at operations spread over the whole run (scoring, logging, saving, export): the same end."""
-    rows = write_rows(tmp_path / "rows.jsonl", VERBS[verb](24))
-    options = dict(model=tiny, data=rows, eval=rows, train__tokens=64) | OPTIONS | extra
+    options = dict(model=tiny, train__tokens=64) | data_of(tmp_path, verb) | OPTIONS | extra
     with disk() as counted:
         palate.ok(verb, out="straight", **options)
     expected = ends("straight")
@@ -112,8 +120,7 @@ def test_dead_at_any_place_and_resumed(palate, tiny, tmp_path, monkeypatch, smal
 def test_resumed_after_any_step(palate, tiny, tmp_path, monkeypatch, step):
     from palate.train import loop
 
-    rows = write_rows(tmp_path / "rows.jsonl", pairs(24))
-    options = dict(model=tiny, data=rows, eval=rows) | OPTIONS
+    options = dict(model=tiny) | data_of(tmp_path) | OPTIONS
     palate.ok("dpo", out="straight", **options)
     original, seen = loop.learning_rate, []
 
@@ -133,8 +140,7 @@ def test_resumed_after_any_step(palate, tiny, tmp_path, monkeypatch, step):
 
 
 def test_a_torn_checkpoint_is_left_aside(palate, tiny, tmp_path):
-    rows = write_rows(tmp_path / "rows.jsonl", pairs(24))
-    options = dict(model=tiny, data=rows, eval=rows) | OPTIONS
+    options = dict(model=tiny) | data_of(tmp_path) | OPTIONS
     palate.ok("dpo", out="straight", **options)
     palate.ok("dpo", out="run", **options)
     run = Path("run")
@@ -260,8 +266,7 @@ def killed_until_done(verb, cwd, cache, kills, chance, span, **options):
 
 @pytest.mark.slow
 def test_a_real_kill(tiny, tmp_path):
-    rows = write_rows(tmp_path / "rows.jsonl", pairs(24))
-    options = dict(model=tiny, data=rows, eval=rows) | OPTIONS
+    options = dict(model=tiny) | data_of(tmp_path) | OPTIONS
     code, said = finish(start("dpo", tmp_path, tmp_path / "cache-1", out="straight", **options))
     assert code == 0, said
     process = start("dpo", tmp_path, tmp_path / "cache-2", out="run", **options)
@@ -278,8 +283,13 @@ def test_a_real_kill(tiny, tmp_path):
 @pytest.mark.parametrize("verb, extra", [("dpo", {}), ("dpo", {"lora_rank": 2}), ("kto", {}), ("sft", {})])
 def test_killed_at_random_moments(tiny, tmp_path, verb, extra):
     """Four kills a run, sixteen in all."""
-    rows = write_rows(tmp_path / "rows.jsonl", VERBS[verb](60))
-    options = dict(model=tiny, data=rows, eval=rows, train__tokens=64) | OPTIONS | dict(steps=40, save_every=3) | extra
+    options = (
+        dict(model=tiny, train__tokens=64)
+        | data_of(tmp_path, verb, 60)
+        | OPTIONS
+        | dict(steps=40, save_every=3)
+        | extra
+    )
     began = time.monotonic()
     code, said = finish(start(verb, tmp_path, tmp_path / "cache-1", out="straight", **options))
     assert code == 0, said
