@@ -29,7 +29,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs_kit import TEMPLATE, chats, feedbacks, pairs, save_model, write_rows
+from runs_kit import TEMPLATE, chats, pairs, save_model, write_rows
 
 from palate.cli import main
 
@@ -726,3 +726,193 @@ def test_the_doctor_answers_any_rows(tight, tmp_path_factory):
         assert code == 3 * (result.get("errors", 1) > 0)
 
     answered()
+
+
+# --- runs to go on with ----------------------------------------------------------------------------------------------
+
+STEPS = "dpo --model TINY --data good.jsonl --eval none --out run --batch 8 --samples 0 --save-every 1 --device cpu"
+
+
+@pytest.fixture(scope="session")
+def stopped(models, tmp_path_factory):
+    """A run with two checkpoints that ended before its model was saved."""
+    folder, before = tmp_path_factory.mktemp("stopped"), os.getcwd()
+    write_rows(folder / "good.jsonl", pairs())
+    os.chdir(folder)
+    try:
+        assert command(f"{STEPS} --steps 2", models)[0] == 0
+    finally:
+        os.chdir(before)
+    record = json.loads((folder / "run/run.json").read_text())
+    (folder / "run/run.json").write_text(json.dumps(record | {"status": "interrupted"}))
+    shutil.rmtree(folder / "run/model")
+    return folder / "run"
+
+
+def each(change: Callable[[Path], object]):
+    """Does something to every checkpoint."""
+
+    def make(kit: Kit) -> None:
+        for path in sorted((kit.folder / "run/checkpoints").glob("step-*")):
+            change(path)
+
+    return make
+
+
+def flip(path: Path) -> None:
+    data = bytearray((path / "optimizer.safetensors").read_bytes())
+    data[-1] ^= 1
+    (path / "optimizer.safetensors").write_bytes(data)
+
+
+def newer(path: Path) -> None:
+    from palate.files import _manifest_bytes
+
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_bytes(_manifest_bytes(manifest | {"format": 99}))  # sealed as a later one would be
+
+
+def linked(path: Path) -> None:
+    (path / "model.safetensors").rename(path.parent.parent / f"{path.name}.safetensors")
+    (path / "model.safetensors").symlink_to(path.parent.parent / f"{path.name}.safetensors")
+
+
+def another_run(kit: Kit) -> None:
+    kit.json("run/run.json", id="0" * 32)
+
+
+def more_data(kit: Kit) -> None:
+    with (kit.folder / "good.jsonl").open("ab") as handle:
+        handle.write(row() + b"\n")
+
+
+def resumed(id: str, make, code: str, *words: str, more: str = "--steps 2") -> Case:
+    return Case(id, f"{STEPS} --resume {more}", 3, code, words, make)
+
+
+RESUMED = [
+    resumed("M11 missing", each(lambda p: (p / "model.safetensors").unlink()), "E501", "step-000002", "model.safetensors"),
+    resumed("M11 flipped", each(flip), "E501", "step-000002", "optimizer.safetensors"),
+    resumed("M11 cut", each(lambda p: os.truncate(p / "model.safetensors", 99)), "E501", "step-000002", "model.safetensors"),
+    resumed("M11 extra", each(lambda p: (p / "x.bin").write_bytes(b"x")), "E501", "step-000002", "x.bin"),
+    resumed("M11 another run's", another_run, "E502", "step-000002", "another run"),
+    resumed("M11 newer", each(newer), "E311", "step-000002"),
+    resumed("M11 no JSON", lambda kit: kit.write("run/run.json", b"{"), "E501", "run.json"),
+    resumed("M11 column", lambda kit: os.truncate("run/reference.safetensors", 40), "E501", "reference.safetensors"),
+    resumed("M12 data", more_data, "E502", "good.jsonl", "changed"),
+    resumed("M12 config", lambda kit: None, "E502", "steps was 2, now 3", "beta was None, now 0.5", more="--steps 3 --beta 0.5"),
+    resumed("M14 link", each(linked), "E50", "step-000002", "link"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", table(RESUMED))
+def test_a_run_that_cannot_go_on_stays_as_it_is(case, kit, cache_dir, stopped):
+    shutil.copytree(stopped, kit.folder / "run")
+    case.make(kit)
+    refused(case, kit, cache_dir, but=("run/run.json", "run/.lock"))  # which say that it was tried
+
+
+def test_an_earlier_checkpoint_is_taken_and_the_damaged_one_named(kit, stopped):
+    shutil.copytree(stopped, kit.folder / "run")
+    flip(kit.folder / "run/checkpoints/step-000002")
+    code, _, _, said = command(f"{STEPS} --steps 2 --resume", kit.models)
+    assert code == 0, said
+    assert "step-000002" in said and "damaged" in said and "from run/checkpoints/step-000001" in said
+    code, _, _, said = command(f"{STEPS} --steps 2 --resume", kit.models)
+    assert code == 0 and "nothing to do" in said, said
+
+
+def test_a_second_owner_is_named(kit, cache_dir, stopped):
+    """M13."""
+    shutil.copytree(stopped, kit.folder / "run")
+    hold = "import sys\nfrom palate.files import Lock\nlock = Lock('run/.lock')\nprint(flush=True)\nsys.stdin.read()"
+    pipes = dict(
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+    with subprocess.Popen([sys.executable, "-c", hold], **pipes) as owner:
+        owner.stdout.readline()
+        case = Case("M13", f"{STEPS} --resume --steps 2", 5, "E503", ("run", str(owner.pid), "since"))
+        refused(case, kit, cache_dir)
+        owner.stdin.close()
+
+
+# --- what the machine refuses ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["dpo", "score", "generate"])
+def test_a_folder_that_may_not_be_written_is_said_before_the_work(verb, kit, cache_dir, monkeypatch):
+    """C15."""
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode, **more: not mode & os.W_OK and may(path, mode, **more))
+    line = f"{verb} --model TINY --data good.jsonl --out deep/run"
+    refused(Case("C15", line, 5, "E314", (str(kit.folder), "permission")), kit, cache_dir)
+
+
+def test_too_small_a_disk_is_said_before_the_work(kit, cache_dir, monkeypatch):
+    """C16."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 0, 10**6))
+    case = Case("C16", on("--data good.jsonl"), 5, "E315", ("run", "free", "checkpoint", "--train.keep"))
+    refused(case, kit, cache_dir)
+
+
+# --- rows kept aside -------------------------------------------------------------------------------------------------
+
+BAD = [
+    b'{"prompt": "a",  "chosen": "b" , "rejected": ""}',
+    b'{"prompt": "a\xff", "chosen": "b", "rejected": "c"}\r',
+    b"[3]",
+    b'{"prompt": "a", "chosen": "b", "rejected": "c", "chosen": "d"}',
+]
+
+
+def spread(good: list[bytes], bad: list[bytes]) -> bytes:
+    lines = list(good)
+    for n, line in enumerate(bad):
+        lines.insert(3 * n + 1, line)
+    return b"\n".join(lines) + b"\n"
+
+
+@pytest.mark.parametrize("verb", ["dpo", "kto", "sft"])
+def test_skipped_rows_are_kept_byte_for_byte_and_counted(verb, kit):
+    good = (kit.folder / "good.jsonl").read_bytes().splitlines()
+    bad = [line.replace(b'"rejected": ""', b'"rejected": 5') if verb == "sft" else line for line in BAD]
+    bad = [line for line in bad if verb != "sft" or b"5}" not in line]  # sft reads the chosen side alone
+    kit.write("a.jsonl", spread(good[:20], bad))
+    kit.write("e.jsonl", spread(good[20:], bad[-1:]))
+    line = f"{verb} --model TINY --data a.jsonl --eval e.jsonl --out run --batch 8 --steps 1 --samples 0 --device cpu"
+    code, result, _, said = command(f"{line} --bad-rows skip", kit.models)
+    assert code == 0, said
+    assert (kit.folder / "run/rejects.jsonl").read_bytes() == b"".join(line + b"\n" for line in [*bad, bad[-1]])
+    data = json.loads((kit.folder / "run/data.json").read_text())
+    assert data["counts"]["refused"] == result["data"]["refused"] == len(bad) + 1
+    assert [f"a.jsonl:{3 * n + 2}" in text for n, text in enumerate(data["rejected"][:-1])] == [True] * len(bad)
+    assert "e.jsonl:2" in data["rejected"][-1]
+
+
+def test_rows_that_the_template_refuses_are_kept_as_they_stood(kit):
+    """The reader lets them in, the tokenizer does not: the bytes of the file are kept all the same."""
+    refusing(kit)
+    lines = (kit.folder / "good.jsonl").read_bytes().splitlines()
+    lines[4] = lines[4].replace(b'{"prompt":', b'{ "prompt" :')
+    kit.write("good.jsonl", b"\n".join(lines))
+    line = (
+        "dpo --model m --data good.jsonl --eval none --out run --batch 8 --steps 1 --chat-template t.jinja --device cpu"
+    )
+    code, result, _, said = command(f"{line} --bad-rows skip", kit.models)
+    assert code == 0, said
+    assert (kit.folder / "run/rejects.jsonl").read_bytes() == lines[4] + b"\n"
+    assert result["data"]["refused"] == 1
+    assert "good.jsonl:5" in json.loads((kit.folder / "run/data.json").read_text())["rejected"][0]
+
+
+@pytest.mark.parametrize("verb", ["score", "generate"])
+def test_skipped_rows_are_counted_where_no_run_is_made(verb, kit):
+    good = (kit.folder / "good.jsonl").read_bytes().splitlines()[:4]
+    kit.write("a.jsonl", spread(good, BAD[:2]))
+    more = "--max-tokens 2" if verb == "generate" else ""
+    code, result, _, said = command(
+        f"{verb} --model TINY --data a.jsonl --out deep/o.jsonl --bad-rows skip {more}", kit.models
+    )
+    assert code == 0, said
+    assert result["refused"] == {"score": 2, "generate": 1}[verb]  # a prompt alone needs no other column
+    assert len((kit.folder / "deep/o.jsonl").read_bytes().splitlines()) == {"score": 4, "generate": 5}[verb]

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
 from collections import Counter
@@ -19,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from palate.errors import DataError, ModelError, NotBetterError, UsageError
+from palate.errors import CheckpointError, DataError, MachineError, ModelError, NotBetterError, UsageError
 from palate.train.optim import OptimConfig, UpdateConfig
 
 Say = Callable[[str], None]
@@ -169,12 +170,12 @@ def read_rows(config: TrainingConfig, records, other, tokenizer, limit: int, *, 
             )
         lines_of: dict[str, set[int]] = {}
         for record, _ in refused:
-            lines_of.setdefault(record.source.path, set()).add(record.source.line)
+            lines_of.setdefault(record.source.file, set()).add(record.source.line)
         stood = {path: raw_rows(path, lines, config.format) for path, lines in lines_of.items() if os.path.isfile(path)}
         for record, error in refused:
             counts["refused"] += 1
             as_read = json.dumps(asdict(record), ensure_ascii=False)
-            rejects.append((stood.get(record.source.path, {}).get(record.source.line, as_read), str(error)))
+            rejects.append((stood.get(record.source.file, {}).get(record.source.line, as_read), str(error)))
         return groups
 
     pairs = groups_of(records)
@@ -326,13 +327,12 @@ def plan_lines(config, loaded, rows: Rows, *, steps: int, rate: float, reason: s
     from palate.scoring import support
 
     model = loaded.model
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    trained = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
+    weights, each, kept = disk_needs(config, model)
+    trained = each // 3
     lengths = [stream_length(group) for group in rows.train]
     micro = min(config.train.tokens, sum(lengths))
     text = model.config.get_text_config(decoder=True)
     activations = micro * text.hidden_size * text.num_hidden_layers * 4 * (4 if config.train.checkpointing else 22)
-    kept = config.train.keep + 1  # the last ones and the best
     head = min(2**25, micro * text.vocab_size) * 4 * 2
     lines = [
         f"model      {loaded.name}: {model.num_parameters():,} parameters, {support(model).path} prompts"
@@ -343,7 +343,7 @@ def plan_lines(config, loaded, rows: Rows, *, steps: int, rate: float, reason: s
         f"{precision}",
         f"memory     weights {_mb(weights)}, gradients {_mb(trained)}, optimizer {_mb(2 * trained)}, activations about "
         f"{_mb(activations)}, head about {_mb(head)}",
-        f"disk       {_mb(weights + kept * 3 * trained)}: the model and {kept} checkpoints",
+        f"disk       {_mb(weights + kept * each)}: the model and {kept} checkpoints",
     ]
     if seconds is not None:
         lines.append(f"time       about {_clock(seconds * steps)} ({seconds:.1f} s a step, from one micro-batch)")
@@ -559,6 +559,8 @@ def train(
     from palate.train.loop import TrainState
 
     out = default_out(config, verb)
+    if not config.resume:
+        check_disk(config, prepared.loaded.model, out)
     ranks = _ranks()
     resolved = config.model_dump(mode="json", exclude={"out", "resume", "dry_run"})
     with Run.create(
@@ -573,6 +575,8 @@ def train(
             prepared.objective,
             prepared.rows,
         )
+        if config.resume:
+            refuse_other_data(run.path, rows.sources)
         run.write_data(
             {
                 "sources": rows.sources,
@@ -680,6 +684,39 @@ def train(
     if config.require_better:
         require(is_better, sentence, result)
     return result
+
+
+def refuse_other_data(run: Path, sources: Sequence[dict[str, Any]]) -> None:
+    """Nothing, where the run was begun with files of this content; else CheckpointError (E502) naming the first."""
+    from palate.files import read_json
+
+    if not (run / "data.json").exists():
+        return
+    before = {(old.get("path"), old.get("role")): old.get("sha256") for old in read_json(run / "data.json")["sources"]}
+    for source in sources:
+        was = before.get((source["path"], source["role"]))
+        if was != source["sha256"]:
+            what = f"has changed since the run began: SHA-256 was {str(was)[:16]}…, is {source['sha256'][:16]}…"
+            raise CheckpointError(what, where=source["path"], code="E502", next="put it back, or take a new --out")
+
+
+def check_disk(config: TrainingConfig, model, out: Path) -> None:
+    """Nothing, where the model and the checkpoints fit; else MachineError (E315)."""
+    weights, each, kept = disk_needs(config, model)
+    above = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(above).free
+    if weights + kept * each > free:
+        what = (
+            f"the run needs about {_mb(weights + kept * each)}, of which each of {kept} checkpoints takes {_mb(each)}; "
+            f"{_mb(free)} are free"
+        )
+        raise MachineError(what, where=str(out), code="E315", next="free some space, or lower --train.keep")
+
+
+def disk_needs(config: TrainingConfig, model) -> tuple[int, int, int]:
+    """Bytes of the saved model, bytes of a checkpoint, and how many of these are kept: the last ones and the best."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return weights, 3 * sum(p.numel() * 4 for p in model.parameters() if p.requires_grad), config.train.keep + 1
 
 
 def after_that(path: Path) -> str:
