@@ -24,7 +24,7 @@ from palate.errors import CheckpointError
 from palate.files import load_tensors, read_json, save_tensors, tensor_metadata, write_json
 from palate.model.adapters import is_adapted, reference_mode
 from palate.model.fingerprint import base_fingerprint
-from palate.scoring import Numerics, Precision, logps
+from palate.scoring import Numerics, Precision, evaluation_mode, logps
 from palate.store import ScoreStore, row_key
 
 MICRO_BATCHES_PER_PART = 16  # a part is what a kill can cost
@@ -218,7 +218,8 @@ def _plan(groups, rows, keys, facts: dict, store: ScoreStore | None, folder: Pat
 
 def _score(groups, rows, part: list[list[int]], reference: nn.Module, numerics: Numerics) -> np.ndarray:
     values = []
-    with torch.no_grad(), reference_mode(reference) if is_adapted(reference) else nullcontext():
+    adapters_off = reference_mode(reference) if is_adapted(reference) else nullcontext()
+    with torch.no_grad(), evaluation_mode(reference), adapters_off:
         for micro in part:
             batch = collate([_only(groups, rows, same) for same in _by_group(micro, rows)])
             values.append(logps(reference, batch.to(reference.device), numerics=numerics).total.cpu().numpy())

@@ -4,7 +4,8 @@ A model that passes the probe runs on the shared-prompt stream; one that does no
 or mixes along the stream) is scored as padded rows through its stock forward, with the same numbers.
 """
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 from weakref import WeakKeyDictionary
@@ -57,7 +58,10 @@ class Numerics:
         if support(model).path != "shared":
             return cls(precision)
         short = cls(precision, min(SHORT_STREAM, tokens))
-        return short if _invariant(model, short) else cls(precision, tokens)
+        known = _INVARIANT.setdefault(_bare(model), {})
+        if (short, torch.get_num_threads()) not in known:
+            known[short, torch.get_num_threads()] = _invariant(model, short)
+        return short if known[short, torch.get_num_threads()] else cls(precision, tokens)
 
     def tag(self, model: nn.Module) -> str:
         """A name for everything besides weights and tokens that can move a rounding."""
@@ -93,9 +97,10 @@ def sequence_logps(tokens: Tensor, batch: TokenBatch) -> SequenceLogps:
     Where a device has no float64 (MPS) the sums are taken on the CPU.
     """
     device = float64_device(tokens.device)
-    total = torch.zeros(len(batch.length), dtype=torch.float64, device=device)
-    total = total.index_add(0, batch.sequence.to(device), tokens.to(device).double())
-    return SequenceLogps(total, batch.length.to(device))
+    length = batch.length.to(device)
+    # by segments and not by index: a completion's tokens stand together, and the sum has one order on every device
+    total = torch.segment_reduce(tokens.to(device).double(), "sum", lengths=length, axis=0, initial=0)
+    return SequenceLogps(total, length)
 
 
 def logps(model: nn.Module, batch: TokenBatch, *, numerics: Numerics = Numerics()) -> SequenceLogps:
@@ -180,6 +185,7 @@ def _rows(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
 # --- the probe ------------------------------------------------------------------------------------------------------
 
 _SUPPORT: WeakKeyDictionary[nn.Module, Support] = WeakKeyDictionary()
+_INVARIANT: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()
 _TOLERANCE = 2e-3  # nats a token; float32 differs by 1e-5, a model that ignores the layout by 0.1 and more
 
 
@@ -190,11 +196,27 @@ def support(model: nn.Module) -> Support:
     every log-prob equals row-by-row scoring by the stock forward, and a changed token moves its own branch alone.
     Raises ModelError where the model gives no logits at all.
     """
-    key = model.get_base_model() if hasattr(model, "get_base_model") else model
+    key = _bare(model)
     if key not in _SUPPORT:
-        with torch.no_grad():
+        with torch.no_grad(), evaluation_mode(model):
             _SUPPORT[key] = _probe(model)
     return _SUPPORT[key]
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout off inside the block, whatever the model's mode; every module gets its mode back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _probe(model: nn.Module) -> Support:
@@ -218,9 +240,13 @@ def _probe(model: nn.Module) -> Support:
     raise ModelError(f"{type(model).__name__} cannot be scored ({'; '.join(reasons)})", code="E407")
 
 
-@torch.no_grad()
 def _invariant(model: nn.Module, numerics: Numerics) -> bool:
     """Whether a group's log-probs have the same bits alone, and in streams some hundred tokens longer."""
+    with torch.no_grad(), evaluation_mode(model):
+        return _same_bits(model, numerics)
+
+
+def _same_bits(model: nn.Module, numerics: Numerics) -> bool:
     (group, *_), _ = _probe_groups(model)
     config = model.config.get_text_config(decoder=True)
     room = getattr(config, "max_position_embeddings", 1024) - max(map(len, group.completions))

@@ -11,7 +11,7 @@ from palate.data.stream import pack
 from palate.data.tokens import TokenGroup
 from palate.distributed import Ranks
 from palate.evaluation.statistics import wilson
-from palate.tally import Tally
+from palate.tally import Tally, means
 
 SHARES = ("rewards/accuracies", "logps/accuracies")
 
@@ -33,7 +33,7 @@ def evaluate(
         loss = loss + Tally(float(outcome.loss.total), outcome.loss.count)
         for name, tally in outcome.metrics.items():
             metrics[name] = metrics.get(name, Tally()) + Tally(float(tally.total), tally.count)
-    found: dict[str, Any] = {"eval/loss": loss.mean} | {f"eval/{name}": tally.mean for name, tally in metrics.items()}
+    found: dict[str, Any] = {"eval/loss": loss.mean} | {f"eval/{name}": mean for name, mean in means(metrics).items()}
     for name in SHARES:
         if name in metrics:
             share = wilson(metrics[name].total, int(metrics[name].count))

@@ -48,20 +48,21 @@ def fit(
     with _signals() as asked:
         for step in steps(state, batches, objective, ranks, inspect=inspect):
             _log(run, step.as_dict(), ranks, show)
-            final = step.number == last
+            final, improved = step.number == last, False
             if evaluate is not None and (final or (eval_every and step.number % eval_every == 0)):
                 found = evaluate()
                 _log(run, {"step": step.number} | found, ranks, show)
-                if better is not None and _improves(found.get(better.lstrip("-")), state.best, better):
+                improved = better is not None and _improves(found.get(better.lstrip("-")), state.best, better)
+                if improved:
                     state.best = {"step": step.number, "value": found[better.lstrip("-")]}
-            if final or asked or (save_every and step.number % save_every == 0):
+            if final or asked or improved or (save_every and step.number % save_every == 0):
                 if ranks.first:
                     run.sync()  # the lines that the checkpoint counts on come to the disk before it
                     checkpoint.save(state, run.checkpoints, keep=keep, meta=meta)
             if asked and not final:
                 raise Interrupted(
                     f"stopped by {asked[0]} after step {step.number}, which is saved",
-                    next=f"palate {run.verb} --resume --out {run.path}",
+                    next=f"palate {run.verb} -c {run.path / 'config.yaml'} --resume --out {run.path}",
                 )
 
 

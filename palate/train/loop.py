@@ -15,7 +15,7 @@ from torch import nn
 from palate.data.stream import StepBatch
 from palate.distributed import Ranks
 from palate.errors import NotFiniteError
-from palate.tally import Tally
+from palate.tally import Tally, means
 from palate.train.objectives import Objective, Outcome
 from palate.train.optim import OptimConfig, build_optimizer, learning_rate
 
@@ -136,7 +136,7 @@ def _reduce(outcomes: list[Outcome], ranks: Ranks) -> tuple[float, dict[str, flo
         for name, tally in share.items():
             metrics[name] = metrics.get(name, Tally()) + Tally(*tally)
     loss = sum((Tally(*share) for _, share, _ in shares), Tally())
-    return loss.mean, {name: tally.mean for name, tally in metrics.items()}, all(share for _, _, share in shares)
+    return loss.mean, means(metrics), all(share for _, _, share in shares)
 
 
 def _not_finite(number: int, outcomes: list[Outcome], loss: float, norm: float) -> NotFiniteError:

@@ -24,7 +24,7 @@ from palate.data.batch import (
 from palate.data.batch import collate as collate_tokens
 from palate.distributed import Ranks
 from palate.losses import FeedbackLogps, PairLogps, RankedLogps
-from palate.scoring import Numerics, logps
+from palate.scoring import Numerics, SequenceLogps, logps
 from palate.tally import Tally
 
 
@@ -63,7 +63,11 @@ class Objective(Protocol):
 class _Loss:
     name: str
     options: dict[str, Any] = field(default_factory=dict)
-    numerics: Numerics = Numerics()
+    numerics: Numerics | None = None
+
+    def score(self, model: nn.Module, batch: TokenBatch) -> SequenceLogps:
+        """Log-probs under this objective's numerics; where none are given, those that a reference pass takes too."""
+        return logps(model, batch, numerics=self.numerics or Numerics.of(model))
 
     @property
     def reference(self) -> bool:
@@ -104,7 +108,7 @@ class Pairwise(_Loss):
 
     def __call__(self, model, batch: PairBatch, context=None) -> Outcome:
         """Summed loss over the batch's pairs, and rewards, margins, accuracies, log-probs."""
-        scored = logps(model, batch.batch, numerics=self.numerics)
+        scored = self.score(model, batch.batch)
         reference = self._reference(batch)
         better, worse = batch.chosen, batch.rejected
         columns = PairLogps(
@@ -120,7 +124,7 @@ class Pairwise(_Loss):
         ratio = total if reference is None else total - reference
         return Outcome(
             loss=Tally(values.sum(), batch.units),
-            metrics=pair_metrics(total, scored.length, better, worse, batch.reference, self._rewards),
+            metrics=pair_metrics(total, scored.length, better, worse, reference, self._rewards),
             row_losses=_marked(values, ratio[better], ratio[worse]),
             log_ratio=None if reference is None else ratio,
             length=scored.length,
@@ -137,7 +141,7 @@ class Ranked(_Loss):
 
     def __call__(self, model, batch: RankedBatch, context=None) -> Outcome:
         """Summed loss over lists; rewards and accuracy of the best against the worst of each list."""
-        scored = logps(model, batch.batch, numerics=self.numerics)
+        scored = self.score(model, batch.batch)
         reference = self._reference(batch)
         columns = [
             RankedLogps(scored.total[order], None if reference is None else reference[order], scored.length[order])
@@ -149,7 +153,7 @@ class Ranked(_Loss):
         ratio = total if reference is None else total - reference
         return Outcome(
             loss=Tally(values.sum(), batch.units),
-            metrics=pair_metrics(total, scored.length, best, worst, batch.reference, self._rewards),
+            metrics=pair_metrics(total, scored.length, best, worst, reference, self._rewards),
             row_losses=_marked(values, torch.cat([ratio[order].sum(1) for order in batch.orders])),
             log_ratio=None if reference is None else ratio,
             length=scored.length,
@@ -167,7 +171,7 @@ class SingleFeedback(_Loss):
     def prepare(self, model, micro: Sequence[FeedbackBatch], ranks: Ranks) -> tuple[Tensor, Tensor]:
         """(policy, reference) log-probs of every mismatched completion of the step, without gradient: (M,) each."""
         with torch.no_grad():
-            policy = [logps(model, batch.mismatched, numerics=self.numerics).total for batch in micro]
+            policy = [self.score(model, batch.mismatched).total for batch in micro]
         columns = [batch.reference_mismatched for batch in micro]
         if any(column is None for column in columns):
             raise ValueError(f'loss "{self.name}" needs reference log-probs: pass the groups through annotate() first')
@@ -181,7 +185,7 @@ class SingleFeedback(_Loss):
     def __call__(self, model, batch: FeedbackBatch, context=None) -> Outcome:
         """Summed loss over judgements; rewards of the wanted and of the unwanted completions."""
         mismatched, reference_mismatched = self.prepare(model, [batch], Ranks()) if context is None else context
-        scored = logps(model, batch.batch, numerics=self.numerics)
+        scored = self.score(model, batch.batch)
         reference, device = self._reference(batch), scored.total.device
         columns = FeedbackLogps(
             completion=scored.total,
@@ -195,13 +199,17 @@ class SingleFeedback(_Loss):
         total = scored.total.detach()
         ratio = total if reference is None else total - reference
         rewards = self._rewards(total, reference, scored.length)
-        wanted = batch.label
+        wanted, kl = batch.label, columns.baseline
         metrics = {
             "rewards/chosen": _tally(rewards[wanted]),
             "rewards/rejected": _tally(rewards[~wanted]),
+            "rewards/accuracies": _tally((ratio > kl) == wanted),  # on its side of the reference point
             "logps/chosen": _tally(total[wanted]),
             "logps/rejected": _tally(total[~wanted]),
-            "kl": Tally(float((mismatched - reference_mismatched).mean().clamp(min=0)), 1),
+            "length/chosen": _tally(scored.length[wanted]),
+            "length/rejected": _tally(scored.length[~wanted]),
+            "displaced": _tally(ratio[wanted] < 0),
+            "kl": Tally(float(kl), 1),
         }
         return Outcome(
             loss=Tally(values.sum(), batch.units),
@@ -222,7 +230,7 @@ class Imitation(_Loss):
 
     def __call__(self, model, batch: TokenBatch, context=None) -> Outcome:
         """Summed negative log-likelihood over completion tokens."""
-        scored = logps(model, batch, numerics=self.numerics)
+        scored = self.score(model, batch)
         values = losses.LOSSES[self.name](losses.DemonstrationLogps(scored.total, scored.length), **self.options)
         detached = values.detach()
         return Outcome(
@@ -239,7 +247,7 @@ def objective(
     """The objective of a registered loss. Raises ValueError for an unknown loss or option, naming what there is."""
     kinds = {"pairwise": Pairwise, "ranked": Ranked, "feedback": SingleFeedback, "demonstration": Imitation}
     options = losses.check_options(name, options)
-    return kinds[losses.info(name).kind](name, options, numerics or Numerics())
+    return kinds[losses.info(name).kind](name, options, numerics)
 
 
 def pairwise(name: str = "dpo", numerics: "Numerics | None" = None, **options) -> Pairwise:

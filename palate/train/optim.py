@@ -22,15 +22,17 @@ class UpdateConfig(BaseModel):
     ] = "adamw"
     schedule: Annotated[
         Literal["constant", "linear", "cosine"],
-        Field(description="After warm-up: constant (the DPO paper), or down to zero at the last step"),
+        Field(description="After warm-up: constant (the DPO paper), or falling to zero just after the last step"),
     ] = "constant"
     warmup_steps: Annotated[
         int | None,
         Field(ge=0, description="Steps from zero to the peak rate; default: a tenth of the run, at most 150"),
     ] = None
-    weight_decay: Annotated[float, Field(ge=0, lt=1, description="Decoupled weight decay (adamw)")] = 0.0
+    weight_decay: Annotated[
+        float, Field(ge=0, lt=1, description="Weight decay: decoupled in adamw, added to the gradient in rmsprop")
+    ] = 0.0
     beta1: Annotated[float, Field(ge=0, lt=1, description="AdamW's decay of the first moment")] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1, description="Decay of the second moment (RMSprop's alpha is 0.99)")] = (
+    beta2: Annotated[float, Field(ge=0, lt=1, description="AdamW's decay of the second moment; RMSprop's is 0.99")] = (
         0.999
     )
     eps: Annotated[float, Field(gt=0, lt=1, description="Added to the root of the second moment")] = 1e-8

@@ -35,7 +35,7 @@ class StartReport:
 
 def start_report(outcomes: Sequence[Outcome], objective: Objective) -> StartReport:
     """What the first step saw before its update."""
-    rows = torch.cat([outcome.row_losses for outcome in outcomes])
+    rows = torch.cat([outcome.row_losses for outcome in outcomes] or [torch.zeros(0)])  # a share can be empty
     starts = [outcome.start_losses for outcome in outcomes if outcome.start_losses is not None]
     ratios = [(o.log_ratio.abs() / o.length.clamp(min=1)).max() for o in outcomes if o.log_ratio is not None]
     closed = float(torch.cat(starts).mean()) if starts else None
@@ -49,7 +49,7 @@ def check_start(outcomes: Sequence[Outcome], objective: Objective, suspects) -> 
     Raises ModelError otherwise: training on would optimise against another reference than the user named.
     """
     report = start_report(outcomes, objective)
-    allowed = TOLERANCE[objective.numerics.precision]
+    allowed = TOLERANCE[objective.numerics.precision if objective.numerics else "float32"]
     if not report.largest <= allowed:  # nan too
         raise ModelError(
             f"at step 0 policy and reference differ by {report.largest:.2g} nats a token (allowed: {allowed:g}), "
