@@ -283,11 +283,13 @@ def kills(args, keep) -> None:
         where = []
         while len(where) < 10:
             process = begin(second)
-            if len(where) < 4:  # reading, scoring, the first steps
-                until, rest = 0, chance.uniform(0.2 * ready, ready + 1)
+            born = time.perf_counter()
+            if len(where) < 4:  # reading and scoring
+                until, wait, rest = 1, chance.uniform(0.1, 0.9) * ready, 0
             else:  # some lines on, then anywhere within the next step
-                until, rest = lines_of(second) + chance.randint(0, steps // 15), chance.uniform(0, 2 * alone / steps)
-            while lines_of(second) < until and process.poll() is None:
+                until, wait = lines_of(second) + chance.randint(0, steps // 15), math.inf
+                rest = chance.uniform(0, (alone - ready) / steps)
+            while lines_of(second) < until and time.perf_counter() - born < wait and process.poll() is None:
                 time.sleep(0.002)
             time.sleep(rest)
             process.kill()
