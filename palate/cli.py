@@ -139,6 +139,9 @@ def _understood(caught: BaseException) -> tuple[BaseException | str, int]:
     if isinstance(caught, OSError) and caught.errno in machine:
         where = str(caught.filename) if caught.filename else None
         return MachineError(os.strerror(caught.errno), where=where, next="mend it, then --resume"), 5
+    if isinstance(caught, OSError) and caught.errno == errno.ENAMETOOLONG:
+        where = str(caught.filename)[:80] + "…"
+        return UsageError("this name is too long", where=where, code="E119", next="take a shorter one"), 2
     if isinstance(caught, MemoryError) or type(caught).__name__ == "OutOfMemoryError":
         return MachineError("out of memory", next="lower --train.tokens or --max-length, or use --lora-rank"), 5
     return f"a bug of ours, {type(caught).__name__}; please report it with the lines above", 1

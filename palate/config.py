@@ -416,6 +416,8 @@ def _from_yaml(nodes: dict[str, Node], known, name: str, environ, put, prefix: s
             put(path, {}, origin)
             _from_yaml(node.value, known, name, environ, put, path + ".")
         elif leaf is not None:
+            if node.value == "":
+                raise _no_value("", origin)
             put(path, _value(node, leaf.field.annotation, path, origin, environ, leaf.inf), origin)
         elif any(p.startswith(path + ".") for p in known):
             if node.value is None:
@@ -465,6 +467,8 @@ def _put_text(path: str, text: str, known, origin: Origin, put):
                 raise UsageError(f'"{part}" is no NAME=VALUE', where=origin.where, code="E303", next=f"write {example}")
             put(f"{path}.{key.strip()}", _text(value.strip(), _item(leaf.field.annotation), origin), origin)
         return
+    if text == "" and path == leaf.path:  # below an open table it says something: --columns prompt=
+        raise _no_value("", origin)
     put(path, _text(text, annotation, origin, leaf.inf), origin)
 
 
@@ -488,6 +492,8 @@ def _text(text: str, annotation, origin: Origin, inf: bool = False):
 def _fits(value, annotation, origin: Origin, inf: bool = False):
     """The value, where its kind is one that the annotation lets in; pydantic alone would take "off" for False."""
     wants = _wants(annotation)
+    if isinstance(value, str) and "\0" in value:
+        raise UsageError("U+0000 stands in the text", where=origin.where, code="E303", next="remove it")
     if Any in wants or value in wants:
         fine = True
     elif isinstance(value, bool):

@@ -414,8 +414,12 @@ CONFIGS = [
     flags("C9 code without commit", "--trust-remote-code", "E308", "--trust-remote-code", "--revision"),
     flags("C9 device", "--device gpu", "E303", "--device", "gpu", "cuda"),
     flags("C9 no such device", "--device cuda", "E318", "--device", exit=5),
+    flags("C9 one column", "--columns rejected=chosen", "E308", "--columns", '"chosen"'),
     config("C10 None", "lora_rank: None\n", "E309", "c.yaml:1", '"lora_rank"', "leave"),
     flags("C10 flag", "--steps null", "E309", "--steps", "leave"),
+    flags("C10 empty", "--eval ''", "E309", "--eval", "leave"),
+    config("C10 empty key", 'reference: ""\n', "E309", "c.yaml:1", '"reference"'),
+    config("C10 NUL", 'reference: "a\\0b"\n', "E303", "c.yaml:1", "U+0000"),
     config("C11 variable", "out: ${NOWHERE}/run\n", "E310", "c.yaml:1", "NOWHERE"),
     config("C13 large", "# " + "x" * 2**20 + "\n", "E312", "1 MiB"),
     Case("C14 out is full", on("--data good.jsonl"), 2, "E313", ("run", "--resume"), full("run")),
@@ -424,6 +428,8 @@ CONFIGS = [
     Case("C14 no run to resume", on("--data good.jsonl --resume"), 2, "E313", ("run", "no run"), full("run")),
     Case("C14 out is the model", "sft --model m --data good.jsonl --out m", 2, "E313", ("m", "--out"), lambda kit: kit.copy()),
     Case("C14 resume what", "dpo --model TINY --data good.jsonl --resume", 2, "E313", ("--out",)),
+    Case("C14 long name", "dpo --model TINY --data good.jsonl --out " + "a" * 300, 2, "E119", ("aaa", "shorter")),
+    Case("C14 long name of a model", "dpo --data good.jsonl --out run --model ./" + "a" * 300, 2, "E119", ("aaa", "shorter")),
     Case("C14 score over data", "score --model TINY --data good.jsonl --out good.jsonl", 2, "E313", ("good.jsonl", "--out")),
     Case("C14 generate over data", "generate --model TINY --data good.jsonl --out good.jsonl", 2, "E313", ("good.jsonl", "--out")),
     Case("C14 score below a file", "score --model TINY --data good.jsonl --out good.jsonl/s.jsonl", 2, "E313", ("good.jsonl", "--out")),
@@ -437,6 +443,10 @@ CONFIGS = [
     Case("C18 no run", "runs show", 2, "E300", ("run folder",)),
     Case("C18 no such run", "runs show nowhere", 3, "E101", ("nowhere",)),
     Case("C18 broken run", "runs show run", 3, "E501", ("run.json",), lambda kit: (kit.folder / "run").mkdir() or kit.write("run/run.json", b"{")),
+    *(
+        Case(f"C18 broken {name}", "runs diff run run", 3, "E501", (f"run/{name}",), lambda kit, name=name, text=text: (kit.folder / "run").mkdir() or (kit.write("run/run.json", "{}") and kit.write(f"run/{name}", text)))
+        for name, text in (("config.yaml", "a: [1"), ("config.yaml", "- a"), ("run.json", "[]"))
+    ),
     Case("C18 action", "runs delete x", 2, "E307", ("delete", "show")),
 ]  # fmt: skip
 
@@ -726,6 +736,41 @@ def test_the_doctor_answers_any_rows(tight, tmp_path_factory):
         assert code == 3 * (result.get("errors", 1) > 0)
 
     answered()
+
+
+@pytest.mark.parametrize("verb", ["dpo", "kto", "sft", "score", "generate"])
+def test_every_reader_answers_any_rows(verb, kit):
+    """Whatever text stands in rows of the right shape, and whatever shape they have: used, or refused by line."""
+    keys = {"prompt": st.text(max_size=6), "chosen": st.text(max_size=6), "rejected": st.text(max_size=6)}
+    rows = st.fixed_dictionaries(keys, optional={name: VALUE for name in ("id", "messages", "label")})
+    turns = st.lists(
+        st.fixed_dictionaries(
+            {"role": st.sampled_from(["user", "assistant", "system"]), "content": st.text(max_size=4)}
+        ),
+        max_size=3,
+    )
+    rows |= st.fixed_dictionaries({"prompt": turns, "chosen": turns, "rejected": turns})
+    end = {"score": "--out s", "generate": "--out s --max-tokens 1"}.get(verb, "--eval none --dry-run --batch 2")
+
+    @settings(max_examples=50, deadline=None, derandomize=True)
+    @given(st.lists(rows, min_size=1, max_size=3))
+    def answered(found):
+        write_rows(kit.folder / "a.jsonl", found)
+        (kit.folder / "s").unlink(missing_ok=True)
+        code, _, message, said = command(f"{verb} --model CHATTY --data a.jsonl {end}", kit.models)
+        assert code in (0, 3), said
+        assert code == 0 or ("a.jsonl" in message and "Next: " in message), said
+
+    answered()
+
+
+def test_weights_that_exploded_are_not_saved(kit):
+    """M6 of our own making."""
+    line = "sft --model TINY --data good.jsonl --out run --steps 2 --batch 4 --samples 0 --eval none --device cpu"
+    code, _, message, said = command(f"{line} --lr 1e38", kit.models)
+    assert code == 3, said
+    assert "finite" in message and "lower" in message and "Next: " in message
+    assert not (kit.folder / "run/model").exists()
 
 
 # --- runs to go on with ----------------------------------------------------------------------------------------------

@@ -365,6 +365,9 @@ def pair(
 ):
     """A PreferencePair of one form whose completions differ; raises RowError."""
     names = view.name(columns[0]), view.name(columns[1])
+    if names[0] == names[1]:
+        what = f'both completions are read from the column "{shown(names[0])}"'
+        raise UsageError(what, where="--columns", code="E308", next="name a column for each")
     sides: dict[str, Text] = {names[0]: chosen, names[1]: rejected}
     if prompt is None:
         one_form(sides)

@@ -490,6 +490,7 @@ def _adopt_ids(model: Model, tokenizer) -> None:
 # --- saving ----------------------------------------------------------------------------------------------------------
 
 _ADAPTER_FACTS = "palate.json"
+_REPORT = "look at the disk; where it is sound, report this"
 
 
 @contextmanager
@@ -569,6 +570,10 @@ def _verify(model: Model, plain: Model, folder: Path) -> None:
     """Loads `folder` again and compares it with what was to be saved."""
     from transformers import AutoModelForCausalLM
 
+    expected = _probe(plain)
+    if not bool(torch.isfinite(expected).all()):
+        what = "the model's logits are no longer finite, so it is not saved"
+        raise ModelError(what, where=str(folder), code="E406", next="train with a lower --lr")
     with _refusing(str(folder), "E404", "the saved model cannot be read back"), quiet():
         again = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -581,10 +586,12 @@ def _verify(model: Model, plain: Model, folder: Path) -> None:
     ours, theirs = plain.state_dict(keep_vars=True), again.state_dict(keep_vars=True)
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in ours or name not in theirs or not _same_bits(ours[name], theirs[name]):
-            raise ModelError(f"weight {name!r} does not read back as it was saved", where=str(folder), code="E404")
+            raise ModelError(
+                f"weight {name!r} does not read back as it was saved", where=str(folder), code="E404", next=_REPORT
+            )
     if fingerprint(again) != fingerprint(plain):
-        raise ModelError("the config does not read back as it was saved", where=str(folder), code="E404")
-    expected, got = _probe(plain), _probe(again)
+        raise ModelError("the config does not read back as it was saved", where=str(folder), code="E404", next=_REPORT)
+    got = _probe(again)
     if not torch.equal(expected, got):
         raise ModelError(
             "the saved model gives other logits",
@@ -595,7 +602,9 @@ def _verify(model: Model, plain: Model, folder: Path) -> None:
     if plain is not model and plain.dtype in (torch.float32, torch.float64):
         gap = float((_probe(model) - got).abs().max())
         if gap > 1e-3 * max(1.0, float(got.abs().max())):
-            raise ModelError(f"merging the adapter moved a logit by {gap:.2g}", where=str(folder), code="E404")
+            raise ModelError(
+                f"merging the adapter moved a logit by {gap:.2g}", where=str(folder), code="E404", next=_REPORT
+            )
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from palate.errors import NotThereError, UsageError
+from palate.errors import CheckpointError, NotThereError, UsageError
 from palate.recipes.training import stderr
 
 
@@ -68,11 +68,17 @@ def _read(name: str) -> dict[str, Any]:
     path = Path(name)
     if not (path / "run.json").exists():
         raise NotThereError("there is no run here", where=name, code="E101", next="palate runs list names them")
-    config = path / "config.yaml"
-    return {
-        "record": read_json(path / "run.json"),
-        "config": yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else {},
-    }
+    record, file, config = read_json(path / "run.json"), path / "config.yaml", {}
+    if file.exists():
+        try:
+            config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (ValueError, yaml.YAMLError):
+            config = None
+    for part, content in (("run.json", record), ("config.yaml", config)):
+        if not isinstance(content, dict):
+            what = "cannot be read: no keys with values"
+            raise CheckpointError(what, where=str(path / part), code="E501", next="put a copy of the file back")
+    return {"record": record, "config": config}
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
