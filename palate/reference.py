@@ -163,6 +163,11 @@ def _digest(arrays: dict[str, np.ndarray], facts: str) -> str:
     return digest.hexdigest()
 
 
+def content_digest(groups: Sequence[TokenGroup]) -> str:
+    """SHA-256 of every token id and span of the groups, in order; another tokenizer, template or row changes it."""
+    return hashlib.sha256(_keys(groups).tobytes()).hexdigest()
+
+
 def _keys(groups: Sequence[TokenGroup]) -> np.ndarray:
     """(completions, 2) uint64 content keys, in order, repeats included."""
     keys = [row_key(g.prompt, ids, spans) for g in groups for ids, spans in zip(g.completions, g.spans, strict=True)]

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from palate.recipes.training import stderr
+from palate.recipes.verbs import stderr
 
 
 class DoctorConfig(BaseModel):

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from palate.errors import DataError
-from palate.recipes.training import check_model_options, check_new_file, stderr, with_own_tokenizer, write_lines
+from palate.recipes.verbs import check_model_options, check_new_file, stderr, with_own_tokenizer, write_lines
 
 
 class GenerateConfig(BaseModel):
@@ -33,9 +33,9 @@ def run(config: GenerateConfig, *, verb: str = "generate", argv=(), say=stderr, 
     """Writes `prompt completion sample logp tokens finished` rows to --out, in the order of the prompts."""
     from palate.data.sources import read_prompts
     from palate.data.template import load_template
-    from palate.data.tokens import decode_completion, encode_prompt, end_tokens
-    from palate.model.load import load
-    from palate.sampling.generate import generate
+    from palate.data.tokens import encode_prompt, end_tokens
+    from palate.model.load import context, load
+    from palate.sampling.generate import generate, text_of
 
     check_model_options(config, config.model)
     check_new_file(config.out)
@@ -46,10 +46,17 @@ def run(config: GenerateConfig, *, verb: str = "generate", argv=(), say=stderr, 
     tokenizer = loaded.tokenizer
     if config.chat_template is not None:
         load_template(config.chat_template, tokenizer)
-    kept, prompts, refused = [], [], []
+    kept, prompts, refused, limit = [], [], [], context(loaded.model)
     for record in records:
         try:
-            prompts.append(encode_prompt(record.prompt, tokenizer, where=str(record.source)))
+            prompt = encode_prompt(record.prompt, tokenizer, where=str(record.source))
+            if limit is not None and len(prompt) >= limit:
+                what = f"the prompt has {len(prompt)} tokens, the model takes {limit} with the completion"
+                raise DataError(what, where=str(record.source), code="E223", next="shorten it, or use --bad-rows skip")
+            if not len(prompt):
+                what = "the prompt has no tokens, so nothing predicts a first one"
+                raise DataError(what, where=str(record.source), code="E222", next="give it some text")
+            prompts.append(prompt)
             kept.append(record.prompt)
         except DataError as error:
             refused.append(str(error))
@@ -74,14 +81,13 @@ def run(config: GenerateConfig, *, verb: str = "generate", argv=(), say=stderr, 
     )
     rows = []
     for sample in made:
-        written = sample.ids[:-1] if sample.finished else sample.ids  # the end token is no text
         prompt = kept[sample.prompt]
         rows.append(
             {
                 "prompt": prompt
                 if isinstance(prompt, str)
                 else [{"role": m.role, "content": m.content} for m in prompt],
-                "completion": decode_completion(tokenizer, prompts[sample.prompt], written),
+                "completion": text_of(sample, prompts[sample.prompt], tokenizer),
                 "sample": sample.sample,
                 "logp": sample.logp,
                 "tokens": len(sample.ids),

@@ -11,7 +11,9 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from palate.errors import UsageError
-from palate.recipes.training import TrainingConfig, dry_run, every_tenth, prepare, stderr, train
+from palate.recipes.plan import dry_run
+from palate.recipes.training import TrainingConfig, open_folder, prepare, train
+from palate.recipes.verbs import every_tenth, fell, number, stderr
 
 
 class PreferenceConfig(TrainingConfig):
@@ -52,6 +54,10 @@ def run(config: PreferenceConfig, *, verb: str = "dpo", argv=(), say=stderr, pan
             f'loss "{config.loss}" is not one of palate {verb}', where="loss", code="E308", next=f"use palate {other}"
         )
 
+    out, ended = open_folder(config, verb, say)
+    if ended is not None:
+        return ended
+
     def usable(group) -> str | None:
         if kind == "ranked":
             return None if best_first(group) else "rankings with ties"
@@ -72,11 +78,13 @@ def run(config: PreferenceConfig, *, verb: str = "dpo", argv=(), say=stderr, pan
     return train(
         config,
         verb,
+        out,
         prepared,
         argv=argv,
         say=say,
         panel=panel,
         annotate=partial(pin_reference, config, prepared, waiting, say) if prepared.objective.reference else None,
+        facts={"reference_scored": 0, "reference_reused": 0},
         better="eval/rewards/accuracies" if kind != "feedback" else "-eval/loss",
         verdict=feedback_verdict if kind == "feedback" else pair_verdict,
     )
@@ -133,7 +141,7 @@ def load_reference(config: PreferenceConfig, prepared):
         config.reference,
         device=config.device,
         trust_remote_code=config.trust_remote_code,
-        revision=config.revision,
+        revision=config.revision if config.reference == config.model else None,  # a commit of one repository
     )
     check_same_tokenizer(prepared.loaded.tokenizer, other.tokenizer)
     return other.model
@@ -165,9 +173,9 @@ def pin_reference(config: PreferenceConfig, prepared, waiting: list, say, run, g
             progress=every_tenth(lambda done, todo: say(f"reference: {done} of {todo} completions scored")),
         )
         column.write(run.reference_path, everything)
-        run.forget("scoring")
         for note in store.notes:
             say(f"reference: {note}")
+    run.forget("scoring")
     say(f"reference: {column.scored} completions scored, {column.reused} reused")
     annotated = with_reference(everything, column)
     own_tag = objective.numerics.tag(model)
@@ -186,7 +194,7 @@ def pin_reference(config: PreferenceConfig, prepared, waiting: list, say, run, g
     def inspect(number, outcomes) -> None:
         if number != 1:
             return
-        if column.identity == prepared.identity:
+        if config.reference is None or column.identity == prepared.identity:
             say(str(check_start(outcomes, objective, suspects)))
         else:
             say(f"{start_report(outcomes, objective)}; the reference is not the start")
@@ -196,16 +204,17 @@ def pin_reference(config: PreferenceConfig, prepared, waiting: list, say, run, g
 
 
 def pair_verdict(before: dict, after: dict) -> tuple[bool, str]:
-    """Better: the interval of held-out accuracy lies above one half."""
+    """Better: the interval of held-out accuracy lies above where it began, which is one half where all were ties."""
     key = "eval/rewards/accuracies"
-    if key not in after:
+    if after.get(key) is None:
         return False, "no held-out pairs, so nothing is shown"
+    began = before[key] + before["eval/rewards/ties"] / 2
     low, high = after[f"{key}_low"], after[f"{key}_high"]
-    word = "better" if low > 0.5 else "worse" if high < 0.5 else "not shown to be better"
-    return low > 0.5, (
+    word = "better" if low > began else "worse" if high < began else "not shown to be better"
+    return low > began, (
         f"{word}: on {after['eval/count']:.0f} held-out pairs the chosen completion has the larger implicit "
-        f"reward in {after[key]:.1%} [{low:.1%}, {high:.1%}]; loss {before['eval/loss']:.4f} to "
-        f"{after['eval/loss']:.4f}"
+        f"reward in {after[key]:.1%} [{low:.1%}, {high:.1%}], {began:.1%} at the start with ties as half; loss "
+        f"{number(before['eval/loss'])} to {number(after['eval/loss'])}"
     )
 
 
@@ -213,12 +222,8 @@ def feedback_verdict(before: dict, after: dict) -> tuple[bool, str]:
     """Better: held-out loss fell."""
     if "eval/loss" not in after:
         return False, "no held-out feedback, so nothing is shown"
-    better = after["eval/loss"] < before["eval/loss"]
-    wanted, unwanted = (
-        "none held out" if value is None else f"{value:+.3f}"
-        for value in (after["eval/rewards/chosen"], after["eval/rewards/rejected"])
-    )
-    return better, (
-        f"held-out loss {before['eval/loss']:.4f} to {after['eval/loss']:.4f}, reward of wanted completions "
+    wanted, unwanted = (number(after[f"eval/rewards/{side}"]) for side in ("chosen", "rejected"))
+    return fell(before, after), (
+        f"held-out loss {number(before['eval/loss'])} to {number(after['eval/loss'])}, reward of wanted completions "
         f"{wanted}, of unwanted {unwanted}"
     )

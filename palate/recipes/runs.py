@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from palate.errors import CheckpointError, NotThereError, UsageError
-from palate.recipes.training import stderr
+from palate.recipes.verbs import stderr
 
 
 class RunsConfig(BaseModel):

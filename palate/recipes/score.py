@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from palate.errors import DataError
-from palate.recipes.training import (
+from palate.recipes.rows import Reading
+from palate.recipes.verbs import (
     check_model_options,
     check_new_file,
     max_length,
@@ -42,12 +43,11 @@ def run(config: ScoreConfig, *, verb: str = "score", argv=(), say=stderr, panel=
     """Writes one row per record to --out, and returns accuracy, margin and the path.
 
     Columns: `line`, then for pairs `chosen_logp rejected_logp chosen_tokens rejected_tokens` (with a reference also
-    `chosen_reference rejected_reference chosen_reward rejected_reward margin`); for other records `logps tokens`.
+    `chosen_reference rejected_reference chosen_reward rejected_reward margin`); for other records `logps tokens`, best
+    first where there is an order. Accuracy, ties and margin are over all pairs, those inside ranked lists too.
     """
-    from palate.data.batch import scored_length
     from palate.data.sources import read_any
     from palate.data.template import load_template
-    from palate.data.tokens import tokenize
     from palate.model.load import check_same_tokenizer, load
     from palate.reference import reference_column, reference_identity
     from palate.scoring import Numerics
@@ -56,31 +56,23 @@ def run(config: ScoreConfig, *, verb: str = "score", argv=(), say=stderr, panel=
     check_model_options(config, config.model, config.reference)
     check_new_file(config.out)
     records = read_any(config.data, columns=config.columns or None, format=config.format, bad_rows=config.bad_rows)
-    for note in records.notes:
+    for note in [*records.notes, *records.warnings]:
         say(f"data: {note}")
-    options = dict(device=config.device, trust_remote_code=config.trust_remote_code, revision=config.revision)
-    policy = with_own_tokenizer(load(config.model, **options))
+    options = {"device": config.device, "trust_remote_code": config.trust_remote_code}
+    policy = with_own_tokenizer(load(config.model, revision=config.revision, **options))
     if config.chat_template is not None:
         load_template(config.chat_template, policy.tokenizer)
-    limit = max_length(config, policy.model)
     other = None
     if config.reference is not None:
-        other = with_own_tokenizer(load(config.reference, **options))
+        revision = config.revision if config.reference == config.model else None  # a commit of one repository
+        other = with_own_tokenizer(load(config.reference, revision=revision, **options))
         check_same_tokenizer(policy.tokenizer, other.tokenizer)
-    groups, refused = [], []
-    for record in records:
-        try:
-            groups.append(tokenize(record, policy.tokenizer, max_length=limit))
-        except DataError as error:
-            refused.append(str(error))
-    if refused and config.bad_rows == "stop":
-        raise DataError(
-            f"{len(refused)} rows cannot be scored; the first:\n" + "\n".join(refused[:20]),
-            code="E200",
-            next="mend these rows, or use --bad-rows skip",
-        )
+    reading = Reading()
+    kept = reading.take(records, policy.tokenizer, max_length(config, policy.model), config, usable=lambda group: None)
+    groups = [group for _, group in kept]
     if not groups:
         raise DataError(f"no row of {config.data} is left to score", code="E104", next="look at the messages above")
+    say(f"data: {reading.summary()}")
 
     def column(loaded):
         precision = resolve_precision(config, loaded.model.device.type)
@@ -90,46 +82,56 @@ def run(config: ScoreConfig, *, verb: str = "score", argv=(), say=stderr, panel=
 
     scored = column(policy)
     reference = None if other is None else column(other)
-    rows = []
-    for index, group in enumerate(groups):
-        lengths = [scored_length(group, k) for k in range(len(group.completions))]
-        base = None if reference is None else reference.totals[index]
-        rows.append(_row(group, scored.totals[index], base, lengths, config.beta))
-    write_lines(config.out, rows)
-    pairs = [row for row in rows if "chosen_logp" in row]
+    bases = [None] * len(groups) if reference is None else reference.totals
+    lines = [_line(*row, config.beta) for row in zip(groups, scored.totals, bases, strict=True)]
+    write_lines(config.out, lines)
+    against = reference or scored
     result: dict[str, Any] = {
         "out": config.out,
-        "rows": len(rows),
-        "refused": len(refused) + len(records.rejected),
+        "rows": len(lines),
+        "refused": reading.counts["refused"],
+        "data": dict(reading.counts),
         "scored": scored.scored,
         "reused": scored.reused,
+        "reference_scored": against.scored,
+        "reference_reused": against.reused,
     }
-    if reference is not None:
-        result |= {"reference_scored": reference.scored, "reference_reused": reference.reused}
-    if pairs:
-        margins = [row.get("margin", row["chosen_logp"] - row["rejected_logp"]) for row in pairs]
+    margins = [m for row in zip(groups, scored.totals, bases, strict=True) for m in _margins(*row, config.beta)]
+    if margins:
+        result["pairs"] = len(margins)
         result["accuracy"] = sum(m > 0 for m in margins) / len(margins)
         result["ties"] = sum(m == 0 for m in margins) / len(margins)
         result["margin"] = sum(margins) / len(margins)
-    shown = [f"{name} {result[name]:.4g}" for name in ("accuracy", "ties", "margin") if name in result]
-    return result | {"summary": f"{config.out}: {len(rows)} rows" + "".join(f", {text}" for text in shown)}
+    shown = [f"{name} {result[name]:.4g}" for name in ("pairs", "accuracy", "ties", "margin") if name in result]
+    return result | {"summary": f"{config.out}: {len(lines)} rows" + "".join(f", {text}" for text in shown)}
 
 
-def _row(group, totals, reference, lengths, beta: float) -> dict[str, Any]:
-    row: dict[str, Any] = {"line": group.source.line if group.source else None}
-    rewards = None if reference is None else [beta * (a - b) for a, b in zip(totals, reference, strict=True)]
-    if len(group.completions) == 2 and group.preferences == ((0, 1),):
-        for k, side in enumerate(("chosen", "rejected")):
-            row |= {f"{side}_logp": totals[k], f"{side}_tokens": lengths[k]}
-            if rewards is not None:
-                row |= {f"{side}_reference": reference[k], f"{side}_reward": rewards[k]}
-        if rewards is not None:
-            row["margin"] = rewards[0] - rewards[1]
-        return row
-    count = 1 if group.label is not None else len(group.completions)
-    row |= {"logps": list(totals[:count]), "tokens": lengths[:count]}
+def _values(totals, reference, beta: float) -> list[float]:
+    """What margins are differences of: implicit rewards, without a reference the log-probs."""
+    return list(totals) if reference is None else [beta * (a - b) for a, b in zip(totals, reference, strict=True)]
+
+
+def _margins(group, totals, reference, beta: float) -> list[float]:
+    values = _values(totals, reference, beta)
+    return [values[better] - values[worse] for better, worse in group.preferences]
+
+
+def _line(group, totals, reference, beta: float) -> dict[str, Any]:
+    from palate.data.batch import best_first, scored_length
+
+    line: dict[str, Any] = {"line": group.source.line if group.source else None}
+    lengths = [scored_length(group, k) for k in range(len(group.completions))]
+    values = _values(totals, reference, beta)
+    if len(group.preferences) == 1 and len(totals) == 2:
+        for side, k in zip(("chosen", "rejected"), group.preferences[0], strict=True):
+            line |= {f"{side}_logp": totals[k], f"{side}_tokens": lengths[k]}
+            if reference is not None:
+                line |= {f"{side}_reference": reference[k], f"{side}_reward": values[k]}
+        return line if reference is None else line | {"margin": _margins(group, totals, reference, beta)[0]}
+    shown = [0] if group.label is not None else best_first(group) or range(len(totals))
+    line |= {"logps": [totals[k] for k in shown], "tokens": [lengths[k] for k in shown]}
     if group.label is not None:
-        row["label"] = group.label
-    if rewards is not None:
-        row |= {"reference": list(reference[:count]), "rewards": rewards[:count]}
-    return row
+        line["label"] = group.label
+    if reference is not None:
+        line |= {"reference": [reference[k] for k in shown], "rewards": [values[k] for k in shown]}
+    return line

@@ -5,7 +5,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from palate.recipes.training import TrainingConfig, dry_run, prepare, stderr, train
+from palate.recipes.plan import dry_run
+from palate.recipes.training import TrainingConfig, open_folder, prepare, train
+from palate.recipes.verbs import fell, number, stderr
 
 
 class SftConfig(TrainingConfig):
@@ -21,6 +23,9 @@ def run(config: SftConfig, *, verb: str = "sft", argv=(), say=stderr, panel=None
     from palate.data.sources import read_demonstrations
     from palate.train.objectives import completion_nll
 
+    out, ended = open_folder(config, verb, say)
+    if ended is not None:
+        return ended
     read = partial(
         read_demonstrations,
         columns=config.columns or None,
@@ -31,14 +36,14 @@ def run(config: SftConfig, *, verb: str = "sft", argv=(), say=stderr, panel=None
     prepared = prepare(config, read, completion_nll, usable=lambda group: None, say=say)
     if config.dry_run:
         return dry_run(config, prepared, say)
-    return train(config, verb, prepared, argv=argv, say=say, panel=panel, better="-eval/loss", verdict=verdict)
+    return train(config, verb, out, prepared, argv=argv, say=say, panel=panel, better="-eval/loss", verdict=verdict)
 
 
 def verdict(before: dict, after: dict) -> tuple[bool, str]:
     """Better: held-out nats per token fell."""
     if "eval/loss" not in after:
         return False, "no held-out rows, so nothing is shown"
-    return after["eval/loss"] < before["eval/loss"], (
-        f"held-out {before['eval/loss']:.4f} to {after['eval/loss']:.4f} nats a token "
+    return fell(before, after), (
+        f"held-out {number(before['eval/loss'])} to {number(after['eval/loss'])} nats a token "
         f"on {after['eval/count']:.0f} tokens"
     )

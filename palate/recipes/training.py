@@ -1,29 +1,23 @@
-"""What the training pages share: their options, rows to groups, the plan, the run folder around fit().
+"""What the training pages share: their options, and the run folder around fit().
 
 A page says which records it reads, which objective it trains and what it evaluates; the rest is here once.
 """
 
-import hashlib
-import json
 import math
-import os
-import re
-import shutil
-import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from palate.errors import CheckpointError, DataError, MachineError, ModelError, NotBetterError, UsageError
+from palate.errors import CheckpointError, Interrupted, NotBetterError, PalateError, UsageError
+from palate.recipes.plan import auto_rate, check_disk
+from palate.recipes.rows import Rows, read_rows, strings_of
+from palate.recipes.verbs import Say, check_model_options, max_length, resolve_precision
 from palate.train.optim import OptimConfig, UpdateConfig
-
-Say = Callable[[str], None]
 
 
 class TrainConfig(UpdateConfig):
@@ -96,6 +90,10 @@ class TrainingConfig(BaseModel):
                 code="E316",
                 next="drop it, or give --lora-rank",
             )
+        if self.train.optimizer == "rmsprop":
+            for name in {"beta1", "beta2"} & self.train.model_fields_set:
+                what = "has no effect with rmsprop"
+                raise UsageError(what, where=f"train.{name}", code="E316", next="drop it, or use adamw")
         for name in ("eval_every", "require_better"):
             if self.eval == "none" and getattr(self, name):
                 raise UsageError("has no effect without --eval", where=name, code="E316", next="drop one of the two")
@@ -104,319 +102,6 @@ class TrainingConfig(BaseModel):
 
 # what may differ between a run and its resumption: nothing that moves a number
 MAY_CHANGE = ("log_every", "require_better", "save_every")
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Tokenised data of a run, and everything that was counted on the way.
-
-    train, held: groups. counts: what was cut, dropped and without signal. rejects: refused rows as they stood, each
-    with its message.
-    """
-
-    train: list
-    held: list
-    counts: dict[str, int]
-    sources: list[dict[str, Any]]
-    notes: list[str]
-    rejects: list[tuple[str, str]] = field(default_factory=list)
-
-    def summary(self) -> str:
-        """One line for the screen."""
-        shown = [f"{self.counts['rows']} rows, {len(self.held)} held out"]
-        shown += [f"{count} {name}" for name, count in self.counts.items() if name != "rows" and count]
-        return ", ".join(shown)
-
-
-def read_rows(config: TrainingConfig, records, other, tokenizer, limit: int, *, usable: Callable, say: Say) -> Rows:
-    """Records as groups; rows refused here too stop the run, or are kept aside under --bad-rows skip.
-
-    records: of --data. other: of --eval, where that is data of its own. usable: (group) -> None, or why the group
-    cannot teach anything.
-    """
-    from palate.data.rows import raw_rows
-    from palate.data.tokens import control_text, notes, tokenize
-
-    for note in [*records.notes, *records.warnings, *notes(tokenizer)]:
-        say(f"data: {note}")
-    counts = Counter({"rows": len(records)} | {f"dropped ({reason})": n for reason, n in records.dropped.items()})
-    counts["refused"] = len(records.rejected)
-    rejects = [(raw, message) for _, raw, _, message in records.rejected]
-    sources = [dict(source, role="train") for source in records.sources]
-
-    def groups_of(records) -> list:
-        groups, refused = [], []
-        for record in records:
-            try:
-                group = tokenize(record, tokenizer, max_length=limit)
-            except DataError as error:
-                refused.append((record, error))
-                continue
-            reason = usable(group)
-            if reason is not None:
-                counts[reason] += 1
-                continue
-            if any(control_text(text, tokenizer) for text in texts_of([record])):
-                counts["with control text, kept as text"] += 1
-            counts["prompts cut"] += group.prompt_cut > 0
-            counts["rows with a cut completion"] += any(group.cut)
-            groups.append((record, group))
-        if refused and config.bad_rows == "stop":
-            lines = "\n".join(str(error) for _, error in refused[:20])
-            raise DataError(
-                f"{len(refused)} of {len(records)} rows cannot be used; the first:\n{lines}",
-                code="E200",
-                next="mend these rows, or use --bad-rows skip",
-            )
-        lines_of: dict[str, set[int]] = {}
-        for record, _ in refused:
-            lines_of.setdefault(record.source.file, set()).add(record.source.line)
-        stood = {path: raw_rows(path, lines, config.format) for path, lines in lines_of.items() if os.path.isfile(path)}
-        for record, error in refused:
-            counts["refused"] += 1
-            as_read = json.dumps(asdict(record), ensure_ascii=False)
-            rejects.append((stood.get(record.source.file, {}).get(record.source.line, as_read), str(error)))
-        return groups
-
-    pairs = groups_of(records)
-    if config.eval == "none":
-        held = []
-    elif config.eval == "auto":
-        held_prompts = _held_out([_prompt_key(record) for record, _ in pairs], config.seed)
-        held = [group for record, group in pairs if _prompt_key(record) in held_prompts]
-        pairs = [(record, group) for record, group in pairs if _prompt_key(record) not in held_prompts]
-    else:
-        sources += [dict(source, role="eval") for source in other.sources]
-        counts["refused"] += len(other.rejected)
-        rejects += [(raw, message) for _, raw, _, message in other.rejected]
-        held_pairs = groups_of(other)
-        shared = {_prompt_key(record) for record, _ in pairs} & {_prompt_key(record) for record, _ in held_pairs}
-        counts["prompts shared with eval"] = len(shared)
-        held = [group for _, group in held_pairs]
-    train = [group for _, group in pairs]
-    if not train:
-        raise DataError(f"no row of {config.data} is left to train on", code="E104", next="look at the counts above")
-    return Rows(train, held, dict(counts), sources, list(records.notes), rejects)
-
-
-def every_tenth(tell: Callable[[int, int], None]) -> Callable[[int, int], None]:
-    """`tell(done, todo)` at most ten times, and at the end."""
-    told = [0]
-
-    def maybe(done: int, todo: int) -> None:
-        if done == todo or done * 10 // todo > told[0]:
-            told[0] = done * 10 // todo
-            tell(done, todo)
-
-    return maybe
-
-
-def _prompt_key(record) -> str:
-    """What decides the split: the prompt, and where there is none (texts) the row itself."""
-    text = repr(record.prompt or getattr(record, "completion", ""))
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-
-
-def _held_out(keys: Sequence[str], seed: int) -> set[str]:
-    """5 % of the distinct prompts, at most 300, by a hash of (seed, prompt): the same however the file is ordered."""
-    distinct = sorted(set(keys), key=lambda key: hashlib.blake2b(f"{seed} {key}".encode()).digest())
-    return set(distinct[: min(300, len(distinct) // 20)])
-
-
-def check_model_options(config, *names: str | None) -> None:
-    """Nothing, where --revision and --trust-remote-code fit the models of these names; else UsageError."""
-    if config.trust_remote_code:
-        if not re.fullmatch(r"[0-9a-f]{40}", config.revision or ""):
-            what = "runs Python that comes with the model, so it needs the commit that you read"
-            raise UsageError(what, where="trust_remote_code", code="E308", next="give --revision with its 40 digits")
-        return
-
-    def here(name: str) -> bool:  # an adapter here may have its base on the Hub
-        path = Path(name).expanduser()
-        return name.startswith("new:") or (path.exists() and not (path / "adapter_config.json").is_file())
-
-    if config.revision is not None and all(here(name) for name in names if name is not None):
-        raise UsageError("has no effect on local models", where="revision", code="E316", next="drop it")
-
-
-def check_new_file(out: str) -> None:
-    """Nothing, where a file may be made at --out; else UsageError or MachineError."""
-    from palate.files import check_new
-
-    if Path(out).exists():
-        raise UsageError(f"{out} exists already", code="E313", next="name another --out")
-    check_new(out)
-
-
-def write_lines(out: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes --out of score and generate, and the folder above it."""
-    from palate.files import make_folder, write_json_lines
-
-    make_folder(Path(out).parent)
-    write_json_lines(Path(out), rows)
-
-
-def with_own_tokenizer(loaded):
-    """The same model. Raises ModelError where it came without a tokenizer."""
-    if loaded.tokenizer is None:
-        raise ModelError(
-            "has no tokenizer beside it", where=loaded.name, code="E401", next="train it first, or add one"
-        )
-    return loaded
-
-
-def max_length(config: TrainingConfig, model) -> int:
-    """--max-length, by default min(1024, context). Raises UsageError beyond the model's context."""
-    from palate.model.load import context
-
-    bound = context(model)
-    if config.max_length is not None and bound is not None and config.max_length > bound:
-        raise UsageError(
-            f"--max-length {config.max_length} is beyond the model's context of {bound} tokens",
-            code="E308",
-            next=f"use at most {bound}",
-        )
-    return config.max_length or min(1024, bound or 1024)
-
-
-def auto_rate(config: TrainingConfig, parameters: int) -> tuple[float, str]:
-    """The learning rate and the reason for it. parameters: of the whole model."""
-    if config.lr != "auto":
-        return config.lr, "as given"
-    rate, reason = (
-        next(
-            (rate, f"under {limit / 1e6:,.0f} M parameters")
-            for limit, rate in ((10e6, 2e-4), (1e9, 5e-6), (math.inf, 5e-7))
-            if parameters < limit
-        )
-        if parameters < 1e9
-        else (5e-7, "1 B parameters or more")
-    )
-    if config.lora_rank:
-        return rate * 10, f"{reason}, times ten with LoRA"
-    return rate, reason
-
-
-def resolve_precision(config, device: str) -> str:
-    """--precision; auto is bfloat16 on GPUs and float32 elsewhere."""
-    if config.precision != "auto":
-        return config.precision
-    return "bfloat16" if device == "cuda" else "float32"
-
-
-def update_config(config: TrainingConfig, rate: float) -> OptimConfig:
-    """The optimizer's config out of the run's."""
-    fields = {name: getattr(config.train, name) for name in UpdateConfig.model_fields}
-    return OptimConfig(lr=rate, **fields)
-
-
-def default_out(config, verb: str) -> Path:
-    """--out, or the next free runs/VERB-N."""
-    from palate.run import next_folder
-
-    if config.out is not None:
-        return Path(config.out)
-    if getattr(config, "resume", False):
-        raise UsageError("--resume needs --out", code="E313", next="name the run folder to go on with")
-    return next_folder(Path("runs"), verb)
-
-
-def plan_lines(config, loaded, rows: Rows, *, steps: int, rate: float, reason: str, precision: str, objective, seconds):
-    """The plan of a run, as lines: rows as the loss will see them, steps, memory by part, time, disk."""
-    from palate.data.batch import stream_length
-    from palate.scoring import support
-
-    model = loaded.model
-    weights, each, kept = disk_needs(config, model)
-    trained = each // 3
-    lengths = [stream_length(group) for group in rows.train]
-    micro = min(config.train.tokens, sum(lengths))
-    text = model.config.get_text_config(decoder=True)
-    activations = micro * text.hidden_size * text.num_hidden_layers * 4 * (4 if config.train.checkpointing else 22)
-    head = min(2**25, micro * text.vocab_size) * 4 * 2
-    lines = [
-        f"model      {loaded.name}: {model.num_parameters():,} parameters, {support(model).path} prompts"
-        + (f" ({support(model).reason})" if support(model).reason else ""),
-        f"data       {rows.summary()}",
-        f"tokens     {sum(lengths):,} in streams; a row has {min(lengths)} to {max(lengths)}",
-        f"training   {objective.name} {objective.options} · lr {rate:g} ({reason}) · {steps} steps of {config.batch} · "
-        f"{precision}",
-        f"memory     weights {_mb(weights)}, gradients {_mb(trained)}, optimizer {_mb(2 * trained)}, activations about "
-        f"{_mb(activations)}, head about {_mb(head)}",
-        f"disk       {_mb(weights + kept * each)}: the model and {kept} checkpoints",
-    ]
-    if seconds is not None:
-        lines.append(f"time       about {_clock(seconds * steps)} ({seconds:.1f} s a step, from one micro-batch)")
-    return lines
-
-
-def preview(tokenizer, group) -> list[str]:
-    """One row as the loss sees it: prompt and completions token by token, the scored ones in brackets."""
-    lines = [f"prompt     {tokenizer.decode(group.prompt.tolist())!r}  ({len(group.prompt)} tokens)"]
-    names = tokenizer.convert_ids_to_tokens
-    for ids, spans in zip(group.completions, group.spans, strict=True):
-        scored = {i for start, stop in spans for i in range(start, stop)}
-        shown = " ".join(f"[{name}]" if i in scored else name for i, name in enumerate(names(ids.tolist())))
-        lines.append(f"completion {shown}  ({len(scored)} scored)")
-    return lines
-
-
-def micro_seconds(model, groups, objective, tokens: int, batch: int) -> float:
-    """Seconds a step should take: one micro-batch forward and backward, scaled by tokens. Moves no weight."""
-    from palate.data.batch import stream_length
-    from palate.data.stream import pack
-
-    taken = [groups[i] for i in pack([stream_length(g) for g in groups], tokens)[0]]
-    part = objective.collate(taken).to(model.device)
-    started = time.perf_counter()
-    outcome = objective(model, part, objective.prepare(model, [part], _ranks()))
-    outcome.loss.total.backward()
-    model.zero_grad()
-    spent = time.perf_counter() - started
-    mean = sum(stream_length(g) for g in groups) / len(groups)
-    return spent * mean * min(batch, len(groups)) / sum(stream_length(g) for g in taken)
-
-
-def _ranks():
-    from palate.distributed import Ranks
-
-    return Ranks.current()
-
-
-def hardware() -> str:
-    """CPU or GPU in a few words."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-
-
-def stderr(text: str) -> None:
-    """Messages go to stderr; stdout is for results."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def require(better: bool, what: str, result: dict[str, Any]) -> None:
-    """--require-better. Raises NotBetterError, which carries the result: the run is finished all the same."""
-    if not better:
-        error = NotBetterError(what, next="train longer, change --lr or --beta, or look at the data with palate doctor")
-        error.result = result
-        raise error
-
-
-def _mb(size: float) -> str:
-    return f"{size / 2**30:.1f} GB" if size >= 2**30 else f"{size / 2**20:.0f} MB"
-
-
-def _clock(seconds: float) -> str:
-    return (
-        f"{seconds / 3600:.1f} h"
-        if seconds > 5400
-        else f"{seconds / 60:.0f} min"
-        if seconds > 90
-        else f"{seconds:.0f} s"
-    )
 
 
 @dataclass(frozen=True)
@@ -445,12 +130,9 @@ def prepare(config: TrainingConfig, read: Callable, objective_of: Callable, *, u
     from palate.model.load import load, with_tokenizer
     from palate.model.recompute import enable_recompute
     from palate.reference import reference_identity
-    from palate.run import check_out
     from palate.scoring import Numerics, support
 
     check_model_options(config, config.model, getattr(config, "reference", None))
-    if config.out is not None and not config.dry_run:
-        check_out(Path(config.out), resume=config.resume)
     records = read(config.data)  # bad rows are named before a model is loaded
     other = read(config.eval) if config.eval not in ("auto", "none") else None
     if other is not None:
@@ -465,7 +147,7 @@ def prepare(config: TrainingConfig, read: Callable, objective_of: Callable, *, u
     for note in loaded.notes:
         say(f"model: {note}")
     if loaded.tokenizer is None:
-        loaded = with_tokenizer(loaded, texts_of(records))
+        loaded = with_tokenizer(loaded, strings_of(records))
     if config.chat_template is not None:
         load_template(config.chat_template, loaded.tokenizer)
     model = loaded.model
@@ -494,196 +176,203 @@ def prepare(config: TrainingConfig, read: Callable, objective_of: Callable, *, u
     return Prepared(loaded, rows, objective_of(numerics), precision, rate, reason, steps, identity)
 
 
-def texts_of(records) -> list[str]:
-    """Every text of the records, for a tokenizer to be trained on."""
-
-    def flat(value) -> list[str]:
-        if isinstance(value, str):
-            return [value]
-        if isinstance(value, tuple):
-            return [text for item in value for text in flat(item)]
-        return [value.content] if hasattr(value, "content") else []
-
-    fields = ("prompt", "completion", "chosen", "rejected", "completions")
-    return [text for record in records for name in fields for text in flat(getattr(record, name, ""))]
+def update_config(config: TrainingConfig, rate: float) -> OptimConfig:
+    """The optimizer's config out of the run's."""
+    fields = {name: getattr(config.train, name) for name in UpdateConfig.model_fields}
+    return OptimConfig(lr=rate, **fields)
 
 
-def dry_run(config: TrainingConfig, prepared: Prepared, say: Say) -> dict[str, Any]:
-    """The plan, on stdout by way of the result; nothing is written, no weight moves."""
-    from palate.reference import annotate
+def open_folder(config: TrainingConfig, verb: str, say: Say) -> tuple[Path, dict[str, Any] | None]:
+    """The folder of the run, and the result of the one that is finished there already, if --resume names such a one.
 
-    model, objective, rows = prepared.loaded.model, prepared.objective, prepared.rows
-    groups = rows.train[: min(len(rows.train), 8)]
-    if objective.reference:
-        groups = annotate(groups, model, numerics=objective.numerics, tokens=config.train.tokens)
-    seconds = micro_seconds(model, groups, objective, config.train.tokens, config.batch)
-    lines = plan_lines(
-        config,
-        prepared.loaded,
-        rows,
-        steps=prepared.steps,
-        rate=prepared.rate,
-        reason=prepared.reason,
-        precision=prepared.precision,
-        objective=objective,
-        seconds=seconds,
-    )
-    lines += [line for group in rows.train[:2] for line in preview(prepared.loaded.tokenizer, group)]
-    return {"plan": lines, "steps": prepared.steps, "rows": rows.counts, "lr": prepared.rate, "summary": lines}
+    --out, or the next free runs/VERB-N. Looked at before data and model are, so that neither need be there any more.
+    """
+    from palate.run import Run, check_out, next_folder, status_of
+
+    if config.out is None:
+        if config.resume:
+            raise UsageError("--resume needs --out", code="E313", next="name the run folder to go on with")
+        return next_folder(Path("runs"), verb), None
+    out = Path(config.out)
+    if not config.dry_run:
+        check_out(out, resume=config.resume)
+    if config.resume and (out / "run.json").exists() and status_of(out) == "done":
+        with Run.create(out, verb=verb, config=resolved(config), resume=True, may_change=MAY_CHANGE) as run:
+            say(f"{out} is finished: nothing to do")
+            return out, dict(run.result, out=str(out), reference_scored=0)
+    return out, None
+
+
+def resolved(config: TrainingConfig) -> dict[str, Any]:
+    """What config.yaml holds: all that a run is made of, and not where it lies, so that it can run again."""
+    return config.model_dump(mode="json", exclude={"out", "resume", "dry_run"})
 
 
 def train(
     config: TrainingConfig,
     verb: str,
+    out: Path,
     prepared: Prepared,
     *,
     argv: Sequence[str],
     say: Say,
     panel: Callable | None,
     annotate: Callable | None = None,
+    facts: dict[str, Any] | None = None,
     better: str,
     verdict: Callable[[dict, dict], tuple[bool, str]],
 ) -> dict[str, Any]:
     """The run folder from first line to saved model; resumes where --resume asks for it.
 
-    annotate: (run, train, held) -> (train, held, facts, inspect), for objectives with a reference.
-    better: the evaluation's key that picks the best checkpoint, as for `fit`.
-    verdict: (before, after) -> (shown better, sentence).
+    annotate: (run, train, held) -> (train, held, facts, inspect), for objectives with a reference. facts: of the
+    result, where there is none. better: the evaluation's key that picks the best checkpoint, as for `fit`.
+    verdict: (before, after) -> (shown better, sentence). What is raised names the folder in its `result`.
     """
+    from palate.run import Run
+
+    if not config.resume:
+        check_disk(config, prepared.loaded.model, out)
+    try:
+        with Run.create(
+            out,
+            verb=verb,
+            config=resolved(config),
+            argv=list(argv),
+            resume=config.resume,
+            may_change=MAY_CHANGE,
+            parents=[{"model": prepared.loaded.name, "identity": prepared.identity}],
+        ) as run:
+            result = _train(config, run, prepared, say, panel, annotate, dict(facts or {}), better, verdict)
+            run.finish(result)
+        if config.require_better and not result["better"]:
+            error = NotBetterError(result["verdict"], next="train longer, change --lr or --beta, or look at the data")
+            error.result = result
+            raise error
+        return result
+    except KeyboardInterrupt as error:
+        go_on = f"palate {verb} -c {out / 'config.yaml'} --resume --out {out}"
+        interrupted = Interrupted("interrupted before a step could be saved", next=go_on)
+        interrupted.result = {"out": str(out)}
+        raise interrupted from error
+    except PalateError as error:
+        error.result = {"out": str(out)} | (getattr(error, "result", None) or {})
+        raise
+
+
+def _train(config, run, prepared, say, panel, annotate, facts, better, verdict) -> dict[str, Any]:
     from palate.data.stream import stream
+    from palate.distributed import Ranks
     from palate.evaluation.preference import evaluate
     from palate.model.load import save
-    from palate.run import Run, read_lines
+    from palate.run import read_lines
     from palate.train import checkpoint
     from palate.train.fit import fit
     from palate.train.loop import TrainState
 
-    out = default_out(config, verb)
-    if not config.resume:
-        check_disk(config, prepared.loaded.model, out)
-    ranks = _ranks()
-    resolved = config.model_dump(mode="json", exclude={"out", "resume", "dry_run"})
-    with Run.create(
-        out, verb=verb, config=resolved, argv=list(argv), resume=config.resume, may_change=MAY_CHANGE
-    ) as run:
-        if run.finished:
-            say(f"{run.path} is finished: nothing to do")
-            return dict(run.result, out=str(run.path), reference_scored=0)
-        model, tokenizer, objective, rows = (
-            prepared.loaded.model,
-            prepared.loaded.tokenizer,
-            prepared.objective,
-            prepared.rows,
-        )
-        if config.resume:
-            refuse_other_data(run.path, rows.sources)
-        run.write_data(
-            {
-                "sources": rows.sources,
-                "counts": rows.counts,
-                "notes": rows.notes,
-                "seed": config.seed,
-                "train": len(rows.train),
-                "held": len(rows.held),
-                "rejected": [message for _, message in rows.rejects],
-            }
-        )
-        if rows.rejects:
-            run.write_rejects(raw for raw, _ in rows.rejects)
-        say(f"run: {run.path} · {hardware()}")
-        say(f"data: {rows.summary()}")
-        say(
-            f"plan: {objective.name} {objective.options} lr={prepared.rate:g} ({prepared.reason}), "
-            f"{prepared.steps} steps of {config.batch}, {prepared.precision}"
-        )
-        if len(rows.train) < config.batch:
-            say(f"plan: every step sees all {len(rows.train)} rows: there are fewer than --batch {config.batch}")
-        groups, held, facts, inspect = rows.train, rows.held, {}, None
-        if annotate is not None:
-            groups, held, facts, inspect = annotate(run, groups, held)
-
-        # what a checkpoint belongs to: with LoRA the frozen weights are not in it, and the rows never are
-        data = hashlib.sha256(json.dumps([source.get("sha256") for source in rows.sources]).encode()).hexdigest()
-        meta = {"run": run.id, "start": prepared.identity, "data": data}
-        state = TrainState.fresh(model, update_config(config, prepared.rate), prepared.steps)
-        found, damaged = checkpoint.latest(run.checkpoints) if config.resume else (None, [])
-        for path in damaged:
-            say(f"resume: {path} is damaged and was left aside")
-        if found is not None:
-            say(f"resume: from {found}")
-            for difference in checkpoint.load(found, state, meta):
-                say(f"resume: not bit-exact: {difference}")
-        elif config.resume:
-            say("resume: no checkpoint yet, starting at step 0")
-        run.rewind(state.step)
-
-        def evaluation() -> dict[str, Any]:
-            return evaluate(model, held, objective, tokens=config.train.tokens)
-
-        if state.step == 0:
-            if held:
-                run.log({"step": 0} | evaluation() | {"time": time.time()})
-            if config.samples and held:
-                run.samples(sample_rows(model, tokenizer, held[: config.samples], 0))
-        fifth = max(1, prepared.steps // 5)
-        batches = stream(
-            groups,
-            objective.collate,
-            batch=config.batch,
-            tokens=config.train.tokens,
-            seed=config.seed,
-            epochs=config.epochs,
-            steps=config.steps,
-            start=state.step,
-            rank=ranks.data_rank,
-            size=ranks.data_size,
-        )
-        with (panel or _no_panel)(prepared.steps) as shown:
-            fit(
-                state,
-                batches,
-                objective,
-                run,
-                ranks=ranks,
-                evaluate=evaluation if held else None,
-                eval_every=config.eval_every or fifth,
-                save_every=config.save_every or fifth,
-                keep=config.train.keep,
-                meta=meta,
-                better=better,
-                inspect=inspect if state.step == 0 else None,
-                show=lambda line: shown(line) if line["step"] % config.log_every == 0 or "loss" not in line else None,
-            )
-        if not ranks.first:
-            return {}
-        if config.samples and held:
-            first = [row for row in read_lines(run.path / "samples.jsonl") if row["step"] == 0]
-            run.samples(sample_rows(model, tokenizer, held[: config.samples], state.step, first))
-        if not (run.path / "model").exists():
-            save(model, tokenizer, run.path / "model")
-        evals = [line for line in run.metrics() if "eval/loss" in line]
-        before, after = (evals[0], evals[-1]) if evals else ({}, {})
-        is_better, sentence = verdict(before, after)
-        result = {
-            "out": str(run.path),
-            "model": str(run.path / "model"),
-            "steps": state.step,
-            "better": is_better,
-            "verdict": sentence,
-            "before": _evals(before),
-            "after": _evals(after),
-            "data": rows.counts,
-            **facts,
-            "summary": [
-                f"verdict    {sentence}",
-                f"model      {run.path / 'model'}",
-                f"next       {after_that(run.path)}",
-            ],
+    model, tokenizer = prepared.loaded.model, prepared.loaded.tokenizer
+    objective, rows, ranks = prepared.objective, prepared.rows, Ranks.current()
+    if config.resume:
+        refuse_other_data(run.path, rows.reading.sources)
+    # what a run and its checkpoints belong to: frozen weights, rows and template are in no checkpoint
+    meta = {"run": run.id, "start": prepared.identity, "tokens": rows.tokens}
+    refuse_other_start(run, meta)
+    run.write_data(
+        {
+            "sources": rows.reading.sources,
+            "counts": rows.counts,
+            "notes": rows.notes,
+            "seed": config.seed,
+            "train": len(rows.train),
+            "held": len(rows.held),
+            "rejected": [message for _, message in rows.reading.rejects],
         }
-        run.finish(result)
-    if config.require_better:
-        require(is_better, sentence, result)
-    return result
+    )
+    if rows.reading.rejects:
+        run.write_rejects(raw for raw, _ in rows.reading.rejects)
+    say(f"run: {run.path} · {run.record['hardware']}")
+    say(f"data: {rows.summary()}")
+    say(
+        f"plan: {objective.name} {objective.options} lr={prepared.rate:g} ({prepared.reason}), "
+        f"{prepared.steps} steps of {config.batch}, {prepared.precision}"
+    )
+    if len(rows.train) < config.batch:
+        say(f"plan: every step sees all {len(rows.train)} rows: there are fewer than --batch {config.batch}")
+    groups, held, inspect = rows.train, rows.held, None
+    if annotate is not None:
+        groups, held, facts, inspect = annotate(run, groups, held)
+
+    state = TrainState.fresh(model, update_config(config, prepared.rate), prepared.steps)
+    found, damaged = checkpoint.latest(run.checkpoints) if config.resume else (None, [])
+    for path in damaged:
+        say(f"resume: {path} is damaged and was left aside")
+    if found is not None:
+        say(f"resume: from {found}")
+        for difference in checkpoint.load(found, state, meta):
+            say(f"resume: not bit-exact: {difference}")
+    elif config.resume:
+        say("resume: no checkpoint yet, starting at step 0")
+    run.rewind(state.step)
+
+    def evaluation() -> dict[str, Any]:
+        return evaluate(model, held, objective, tokens=config.train.tokens)
+
+    shown_prompts = [group for group in held if len(group.prompt)][: config.samples]
+    if state.step == 0:
+        if held:
+            run.log({"step": 0} | evaluation() | {"time": time.time()})
+        run.samples(sample_rows(model, tokenizer, shown_prompts, 0))
+    fifth = max(1, prepared.steps // 5)
+    batches = stream(
+        groups,
+        objective.collate,
+        batch=config.batch,
+        tokens=config.train.tokens,
+        seed=config.seed,
+        epochs=config.epochs,
+        steps=config.steps,
+        start=state.step,
+        rank=ranks.data_rank,
+        size=ranks.data_size,
+    )
+    with (panel or _no_panel)(prepared.steps) as shown:
+        fit(
+            state,
+            batches,
+            objective,
+            run,
+            ranks=ranks,
+            evaluate=evaluation if held else None,
+            eval_every=config.eval_every or fifth,
+            save_every=config.save_every or fifth,
+            keep=config.train.keep,
+            meta=meta,
+            better=better,
+            inspect=inspect if state.step == 0 else None,
+            show=lambda line: shown(line) if line["step"] % config.log_every == 0 or "loss" not in line else None,
+        )
+    first = [row for row in read_lines(run.path / "samples.jsonl") if row["step"] == 0]
+    run.samples(sample_rows(model, tokenizer, shown_prompts, state.step, first))
+    if not (run.path / "model").exists():
+        save(model, tokenizer, run.path / "model")
+    evals = [line for line in run.metrics() if "eval/loss" in line]
+    before, after = (_evals(evals[0]), _evals(evals[-1])) if evals else ({}, {})
+    is_better, sentence = verdict(before, after)
+    return {
+        "out": str(run.path),
+        "model": str(run.path / "model"),
+        "steps": state.step,
+        "better": is_better,
+        "verdict": sentence,
+        "before": before,
+        "after": after,
+        "data": rows.counts,
+        **facts,
+        "summary": [
+            f"verdict    {sentence}",
+            f"model      {run.path / 'model'}",
+            f"next       palate generate --model {run.path} --data PROMPTS --out FILE · palate runs show {run.path}",
+        ],
+    }
 
 
 def refuse_other_data(run: Path, sources: Sequence[dict[str, Any]]) -> None:
@@ -700,28 +389,17 @@ def refuse_other_data(run: Path, sources: Sequence[dict[str, Any]]) -> None:
             raise CheckpointError(what, where=source["path"], code="E502", next="put it back, or take a new --out")
 
 
-def check_disk(config: TrainingConfig, model, out: Path) -> None:
-    """Nothing, where the model and the checkpoints fit; else MachineError (E315)."""
-    weights, each, kept = disk_needs(config, model)
-    above = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(above).free
-    if weights + kept * each > free:
-        what = (
-            f"the run needs about {_mb(weights + kept * each)}, of which each of {kept} checkpoints takes {_mb(each)}; "
-            f"{_mb(free)} are free"
-        )
-        raise MachineError(what, where=str(out), code="E315", next="free some space, or lower --train.keep")
-
-
-def disk_needs(config: TrainingConfig, model) -> tuple[int, int, int]:
-    """Bytes of the saved model, bytes of a checkpoint, and how many of these are kept: the last ones and the best."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return weights, 3 * sum(p.numel() * 4 for p in model.parameters() if p.requires_grad), config.train.keep + 1
-
-
-def after_that(path: Path) -> str:
-    """Commands that go on from a finished run."""
-    return f"palate generate --model {path} --data PROMPTS --out FILE · palate runs show {path}"
+def refuse_other_start(run, meta: dict[str, str]) -> None:
+    """Writes down what the run starts from; on resume CheckpointError (E502) where that is not what it was."""
+    began = run.record.get("start")
+    if began is None:
+        run.status("running", start=meta)
+        return
+    words = {"start": "the model, its config or the precision", "tokens": "the tokenizer, the template or the rows"}
+    for name, word in words.items():
+        if began.get(name) != meta[name]:
+            what = f"has begun from something else: {word} changed"
+            raise CheckpointError(what, where=str(run.path), code="E502", next="put it back, or take a new --out")
 
 
 def _evals(line: dict[str, Any]) -> dict[str, Any]:
@@ -729,7 +407,7 @@ def _evals(line: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _no_panel(total: int):
+def _no_panel(total: int) -> Iterator[Callable]:
     yield lambda line: None
 
 
@@ -738,23 +416,21 @@ def sample_rows(model, tokenizer, groups, step: int, before: Sequence[dict[str, 
 
     before: the rows of step 0, whose completions stand beside these.
     """
-    from palate.data.tokens import decode_completion, end_tokens
-    from palate.sampling.generate import generate
+    from palate.data.tokens import end_tokens
+    from palate.sampling.generate import generate, text_of
 
     prompts = [group.prompt for group in groups]
     made = generate(model, tokenizer, prompts, max_tokens=64, temperature=0.7, seed=0, end_ids=end_tokens(tokenizer))
     rows = []
     for number, sample in enumerate(made):
-        text = decode_completion(tokenizer, prompts[sample.prompt], sample.ids)
+        text = text_of(sample, prompts[sample.prompt], tokenizer)
         rows.append(
             {
                 "step": step,
                 "prompt": tokenizer.decode(prompts[sample.prompt].tolist()),
                 "before": before[number]["before"] if before else text,
                 "after": text if before else None,
-                "logp": sample.logp,
-                "tokens": len(sample.ids),
-                "finished": sample.finished,
+                "scores": {"logp": sample.logp, "tokens": len(sample.ids), "finished": sample.finished},
             }
         )
     return rows

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from palate.data.tokens import decode_completion
 from palate.errors import DataError, NotFiniteError, UsageError
 from palate.model import Model
 from palate.model.load import context
@@ -90,6 +91,11 @@ def generate(
     finally:
         model.train(was)
     return sorted(made, key=lambda sample: (sample.prompt, sample.sample))
+
+
+def text_of(sample: Sample, prompt: np.ndarray, tokenizer) -> str:
+    """The sample's text as it stands after its prompt, without the token that ends it."""
+    return decode_completion(tokenizer, prompt, sample.ids[:-1] if sample.finished else sample.ids)
 
 
 class _Call:

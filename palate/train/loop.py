@@ -151,7 +151,7 @@ def _not_finite(number: int, outcomes: list[Outcome], loss: float, norm: float) 
     return NotFiniteError(
         f"step {number}: loss {loss}, gradient norm {norm}; nothing was updated. {where}"
         f"{', '.join(named[:10])}{f' and {len(named) - 10} more' if len(named) > 10 else ''}",
-        code="E601",
+        code="E603",
         next="look at these rows, lower --lr, or train in --precision float32",
     )
 

@@ -235,7 +235,7 @@ def test_the_evaluation_split_is_by_prompt_and_not_by_order(palate, tiny, tmp_pa
     from palate.data.sources import read_pairs
     from palate.model.load import load
     from palate.recipes.preference import PreferenceConfig
-    from palate.recipes.training import read_rows
+    from palate.recipes.rows import read_rows
 
     rows = [dict(row, prompt=f"Say {n % 45}:") for n, row in enumerate(pairs(180))]
     tokenizer, seen = load(str(tiny)).tokenizer, []

@@ -286,7 +286,7 @@ def test_what_is_not_finite_stops_before_the_update_and_names_rows(name, where, 
     for hook in hooks:
         hook.remove()
     assert raised.value.exit_code == 3
-    assert raised.value.code == "E601"
+    assert raised.value.code == "E603"
     assert "step 2" in str(raised.value)
     if where == "weight":
         with torch.no_grad():
