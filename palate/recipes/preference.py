@@ -152,7 +152,11 @@ def pin_reference(config: PreferenceConfig, prepared, waiting: list, say, run, g
 
     The column is pinned in the run folder, which is read alone from then on. waiting: holds what `load_reference` gave.
     """
+    import torch
+
+    from palate.data.batch import collate
     from palate.reference import ReferenceColumn, reference_column, reference_identity, with_reference
+    from palate.scoring import logps
     from palate.store import reference_store
     from palate.train.selfcheck import check_start, start_report
 
@@ -187,8 +191,11 @@ def pin_reference(config: PreferenceConfig, prepared, waiting: list, say, run, g
             return "weights or config of the policy"
         if foreign:
             return f"dtype or kernels ({foreign[0]} against {own_tag})"
-        if any(module.training for module in model.modules() if "Dropout" in type(module).__name__):
-            return "dropout, which is on"
+        batch = collate([everything[0]]).to(model.device)
+        with torch.no_grad():
+            one, two = (logps(model, batch, numerics=objective.numerics).total for _ in range(2))
+        if not torch.equal(one, two):
+            return "dropout or another source of chance: two passes over one row differ"
         return "tokens (template) or the stored values"
 
     def inspect(number, outcomes) -> None:

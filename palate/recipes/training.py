@@ -419,6 +419,8 @@ def sample_rows(model, tokenizer, groups, step: int, before: Sequence[dict[str, 
     from palate.data.tokens import end_tokens
     from palate.sampling.generate import generate, text_of
 
+    if not groups:
+        return []
     prompts = [group.prompt for group in groups]
     made = generate(model, tokenizer, prompts, max_tokens=64, temperature=0.7, seed=0, end_ids=end_tokens(tokenizer))
     rows = []
