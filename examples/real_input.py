@@ -214,7 +214,8 @@ def trained(model, data, out: Path, **options):
     from palate.recipes.preference import PreferenceConfig, run
     from palate.recipes.training import TrainConfig
 
-    once = {"eval_every": 10**6, "save_every": 10**6, "samples": 0, "device": "cpu", "train": TrainConfig(keep=1)}
+    once = {} if options.get("eval") == "none" else {"eval_every": 10**6}
+    once |= {"save_every": 10**6, "samples": 0, "device": "cpu", "train": TrainConfig(keep=1)}
     config = PreferenceConfig(model=str(model), data=str(data), out=str(out), **once | options)
     started = time.perf_counter()
     result = run(config)
@@ -461,7 +462,7 @@ def show_scores(rows) -> str:
         "float32, as transformers writes them). Errors are maxima; *relative*: of a sum, to max(1, |sum|), bound",
         "1e-4; *a token of a sum*: over its tokens, aim 1e-5; *one token*: of a single log-prob. Last columns: what",
         "transformers' own float32 forward, a row at a time, comes to on every fifth row: replies of one or two tokens",
-        "miss the aim in both by the rounding of a single logit.",
+        "miss the aim in both alike, as nothing averages out over so few.",
         "",
         "| data | rows | scored tokens | longest | relative | a token of a sum | one token | theirs: of a sum | one |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -494,13 +495,13 @@ def show_train(rows) -> str:
         "## DPO with SmolLM2-135M-Instruct",
         "",
         f"`palate dpo`, beta 0.1, AdamW, constant rate after warm-up, batch {BATCH}, LoRA rank {RANK} (linear layers).",
-        "The rate of full weights and the steps were chosen on seed 100 alone (LoRA's rate is ten times that one); each",
-        "seed below is another split and order. A fifth of the",
-        "prompts is held out with all their pairs. *Reward accuracy*: share of held-out pairs whose chosen completion",
-        "has the larger implicit reward; before training every pair is a tie, which counts as no success. *Log-prob",
-        "accuracy*: share whose chosen completion is the more probable one under the policy. Brackets: Wilson's 95 %",
-        "interval over pairs; pairs that share a prompt are not independent, so for sentiment pairs the true one is",
-        "wider. The persona statements of yes_no_pairs resemble each other, also across the split.",
+        "The rate of full weights and the steps were chosen on seed 100 alone (LoRA's rate is ten times that one);",
+        "each seed below is another split and order. A fifth of the prompts is held out with all their pairs.",
+        "*Reward accuracy*: share of held-out pairs whose chosen completion has the larger implicit reward; before",
+        "training every pair is a tie, which counts as no success. *Log-prob accuracy*: share whose chosen completion",
+        "is the more probable one under the policy, however long it is. Brackets: Wilson's 95 % interval over pairs;",
+        "pairs that share a prompt are not independent, so for sentiment pairs the true one is wider. The persona",
+        "statements of yes_no_pairs resemble each other, also across the split.",
         "",
         "| data | weights | precision | seed | steps | rate | first loss - ln 2 | held-out pairs | reward accuracy | "
         "log-prob accuracy before | after | held-out loss | seconds |",
@@ -527,8 +528,8 @@ def show_train(rows) -> str:
     if starts := [r for r in rows if "held" not in r]:
         lines += [
             "",
-            "The first loss on long and conversational pairs (8 rows, two steps of 4), and what the shared store of reference",
-            "scores saved: a full and a LoRA run of one precision start from the same weights.",
+            "The first loss on long and conversational pairs (8 rows, two steps of 4), and what the shared store of",
+            "reference scores saved: a full and a LoRA run of one precision start from the same weights.",
             "",
             "| data | weights | precision | first loss - ln 2 | first margin | reference scored | reused | seconds |",
             "|---|---|---|---|---|---|---|---|",
