@@ -1,32 +1,28 @@
 """Prompts and a policy to completions."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from palate.errors import DataError
-from palate.recipes.verbs import check_model_options, check_new_file, stderr, with_own_tokenizer, write_lines
+from palate.recipes.verbs import (
+    InputConfig,
+    check_model_options,
+    check_new_file,
+    stderr,
+    with_own_tokenizer,
+    write_lines,
+)
 
 
-class GenerateConfig(BaseModel):
+class GenerateConfig(InputConfig):
     """Options of `palate generate`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    model: Annotated[str, Field(description="Hub id, folder, run folder or GGUF file")]
-    data: Annotated[str, Field(description="File whose prompts are completed")]
     out: Annotated[str, Field(description="JSONL file to write; one object a completion")]
     max_tokens: Annotated[int, Field(gt=0, description="New tokens at most, the end token included")] = 256
     temperature: Annotated[float, Field(ge=0, le=100, description="0 takes the likeliest token")] = 1.0
     samples: Annotated[int, Field(gt=0, description="Completions of each prompt")] = 1
     seed: Annotated[int, Field(ge=0, description="Of the draws; every completion has its own")] = 0
-    device: Annotated[str, Field(description="auto, cpu, cuda, mps")] = "auto"
-    bad_rows: Annotated[Literal["stop", "skip"], Field(description="stop, or leave bad rows out")] = "stop"
-    columns: Annotated[dict[str, str], Field(description="Column names, as prompt=question")] = {}
-    format: Annotated[str | None, Field(description="jsonl, json, csv or parquet")] = None
-    chat_template: Annotated[str | None, Field(description="Jinja file to use instead of the model's template")] = None
-    trust_remote_code: Annotated[bool, Field(description="Run Python code that the model brings")] = False
-    revision: Annotated[str | None, Field(description="Commit of a Hub model")] = None
 
 
 def run(config: GenerateConfig, *, verb: str = "generate", argv=(), say=stderr, panel=None) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from palate.errors import DataError
 from palate.recipes.rows import Reading
 from palate.recipes.verbs import (
+    InputConfig,
     check_model_options,
     check_new_file,
     max_length,
@@ -17,26 +18,15 @@ from palate.recipes.verbs import (
 )
 
 
-class ScoreConfig(BaseModel):
+class ScoreConfig(InputConfig):
     """Options of `palate score`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    model: Annotated[str, Field(description="Hub id, folder, run folder or GGUF file")]
-    data: Annotated[str, Field(description="Pairs, ranked lists, feedback or demonstrations")]
     out: Annotated[str, Field(description="JSONL file to write; one object a row")]
     reference: Annotated[str | None, Field(description="Model that rewards are measured against")] = None
     beta: Annotated[float, Field(gt=0, description="Implicit reward = beta times log-ratio")] = 0.1
     max_length: Annotated[int | None, Field(gt=1, description="Tokens of prompt + longer completion")] = None
     tokens: Annotated[int, Field(gt=0, description="Stream tokens per micro-batch")] = 2048
     precision: Annotated[Literal["auto", "float32", "bfloat16"], Field(description="Of the matmuls")] = "auto"
-    device: Annotated[str, Field(description="auto, cpu, cuda, mps")] = "auto"
-    bad_rows: Annotated[Literal["stop", "skip"], Field(description="stop, or leave bad rows out")] = "stop"
-    columns: Annotated[dict[str, str], Field(description="Column names, as chosen=good,rejected=bad")] = {}
-    format: Annotated[str | None, Field(description="jsonl, json, csv or parquet")] = None
-    chat_template: Annotated[str | None, Field(description="Jinja file to use instead of the model's template")] = None
-    trust_remote_code: Annotated[bool, Field(description="Run Python code that the model brings")] = False
-    revision: Annotated[str | None, Field(description="Commit of a Hub model")] = None
 
 
 def run(config: ScoreConfig, *, verb: str = "score", argv=(), say=stderr, panel=None) -> dict[str, Any]:

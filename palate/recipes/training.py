@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from palate.errors import CheckpointError, Interrupted, NotBetterError, PalateError, UsageError
 from palate.recipes.plan import auto_rate, check_disk
 from palate.recipes.rows import Rows, read_rows, strings_of
-from palate.recipes.verbs import Say, check_model_options, max_length, resolve_precision
+from palate.recipes.verbs import InputConfig, Say, check_model_options, max_length, resolve_precision
 from palate.train.optim import OptimConfig, UpdateConfig
 
 
@@ -32,13 +32,9 @@ class TrainConfig(UpdateConfig):
     keep: Annotated[int, Field(ge=1, description="Checkpoints to keep besides the best")] = 2
 
 
-class TrainingConfig(BaseModel):
+class TrainingConfig(InputConfig):
     """Options of every training verb."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    model: Annotated[str, Field(description="Hub id, folder, run folder, GGUF file, or new:CONFIG.json")]
-    data: Annotated[str, Field(description="JSONL, JSON, CSV or Parquet file, slice of one as FILE[:500], or Hub id")]
     eval: Annotated[str, Field(description="Held-out data; auto: 5 % of the prompts, at most 300; none")] = "auto"
     out: Annotated[str | None, Field(description="Run folder; default: runs/VERB-N")] = None
     lr: Annotated[
@@ -63,22 +59,13 @@ class TrainingConfig(BaseModel):
         Literal["auto", "float32", "bfloat16"],
         Field(description="Of the matmuls; weights, sums and losses stay float32 or better; auto: bfloat16 on GPU"),
     ] = "auto"
-    device: Annotated[str, Field(description="auto, cpu, cuda, mps")] = "auto"
     save_every: Annotated[int | None, Field(gt=0, description="Steps between checkpoints; default: a fifth")] = None
     eval_every: Annotated[int | None, Field(gt=0, description="Steps between evaluations; default: a fifth")] = None
     log_every: Annotated[int, Field(gt=0, description="Steps between lines on the screen; files have all")] = 1
-    bad_rows: Annotated[
-        Literal["stop", "skip"], Field(description="stop: name them and write nothing; skip: keep them aside")
-    ] = "stop"
-    columns: Annotated[dict[str, str], Field(description="Column names, as chosen=good,rejected=bad")] = {}
-    format: Annotated[str | None, Field(description="jsonl, json, csv or parquet, where the name does not tell")] = None
-    chat_template: Annotated[str | None, Field(description="Jinja file to use instead of the model's template")] = None
     samples: Annotated[int, Field(ge=0, description="Held-out prompts completed before and after")] = 4
     resume: Annotated[bool, Field(description="Go on from the last verified checkpoint of --out")] = False
     require_better: Annotated[bool, Field(description="Exit 4 unless shown better on held-out data")] = False
     dry_run: Annotated[bool, Field(description="Print the plan and stop")] = False
-    trust_remote_code: Annotated[bool, Field(description="Run Python code that the model brings")] = False
-    revision: Annotated[str | None, Field(description="Commit of a Hub model; 40 hex digits with remote code")] = None
     train: TrainConfig = TrainConfig()
 
     @model_validator(mode="after")

@@ -4,11 +4,31 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from palate.errors import ModelError, UsageError
 
 Say = Callable[[str], None]
+
+
+class InputConfig(BaseModel):
+    """Options of every verb that runs a model over a data file: which model, which file, how they are read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: Annotated[str, Field(description="Hub id, folder, run folder, GGUF file, or new:CONFIG.json")]
+    data: Annotated[str, Field(description="JSONL, JSON, CSV or Parquet file, slice of one as FILE[:500], or Hub id")]
+    columns: Annotated[dict[str, str], Field(description="Column names, as chosen=good,rejected=bad")] = {}
+    format: Annotated[str | None, Field(description="jsonl, json, csv or parquet, where the name does not tell")] = None
+    bad_rows: Annotated[
+        Literal["stop", "skip"], Field(description="stop: name them and write nothing; skip: keep them aside")
+    ] = "stop"
+    chat_template: Annotated[str | None, Field(description="Jinja file to use instead of the model's template")] = None
+    device: Annotated[str, Field(description="auto, cpu, cuda, mps")] = "auto"
+    trust_remote_code: Annotated[bool, Field(description="Run Python code that the model brings")] = False
+    revision: Annotated[str | None, Field(description="Commit of a Hub model; 40 hex digits with remote code")] = None
 
 
 def stderr(text: str) -> None:
