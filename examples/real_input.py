@@ -447,9 +447,7 @@ def sources() -> str:
 def made(rows) -> str:
     machines = list(dict.fromkeys(row["machine"] for row in rows))
     loads = [row["load"] for row in rows if row.get("load") is not None]
-    busy = (
-        f"; load average {min(loads):g} to {max(loads):g}, so times say little" if max(loads, default=0) > 2.5 else ""
-    )
+    busy = f"; load average up to {max(loads):g}: times say little" if max(loads, default=0) > 2.5 else ""
     return "Made on: " + "; ".join(machines) + f"; {sum(row['seconds'] for row in rows) / 60:.0f} minutes{busy}.\n"
 
 
