@@ -25,10 +25,10 @@ install: .venv/installed
 	touch $@
 
 test: install
-	@$(PY) -m pytest -n $(JOBS) $(TESTS)
+	@$(PY) -m pytest -n $(JOBS) --dist worksteal $(TESTS)
 
 check: install
-	@$(PY) -m pytest -n $(JOBS) -m "not slow" $(TESTS)
+	@$(PY) -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(TESTS)
 
 lint: install
 	$(PY) -m ruff check .
