@@ -298,7 +298,7 @@ def _refuse_other(path: Path, record: Mapping, verb: str, config: Mapping, may_c
         before = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise CheckpointError("cannot be read", where=str(file), code="E501", next="take a new --out") from error
-    old, new = _flat({"verb": record["verb"], "config": before or {}}), _flat({"verb": verb, "config": config})
+    old, new = flat_keys({"verb": record["verb"], "config": before or {}}), flat_keys({"verb": verb, "config": config})
     allowed = {f"config.{key}" for key in (*may_change, *_PASSING)}
     differing = [
         f"{key.removeprefix('config.')} was {_show(old, key)}, now {_show(new, key)}"
@@ -321,10 +321,13 @@ def _show(flat: Mapping[str, Any], key: str) -> str:
     return repr(flat[key]) if key in flat else "not set"
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_keys(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The table with inner keys dotted: {"train": {"keep": 2}} as {"train.keep": 2}."""
     flat = {}
     for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+        flat |= (
+            flat_keys(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+        )
     return flat
 
 

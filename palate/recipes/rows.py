@@ -32,7 +32,8 @@ class Reading:
         from palate.data.tokens import tokenize
 
         self.sources += [dict(source, role=role) for source in records.sources]
-        self.counts["rows"] += len(records)
+        if role == "train":  # "rows" are those of --data; what became of the others is counted too
+            self.counts["rows"] += len(records)
         self.counts.update({f"dropped ({reason})": n for reason, n in records.dropped.items()})
         self.counts["refused"] += len(records.rejected)
         self.rejects += [(raw, message) for _, raw, _, message in records.rejected]
@@ -118,9 +119,7 @@ def read_rows(config, records, other, tokenizer, limit: int, *, usable: Callable
         held = [group for record, group in pairs if _prompt_key(record) in held_prompts]
         pairs = [(record, group) for record, group in pairs if _prompt_key(record) not in held_prompts]
     else:
-        trained = reading.counts["rows"]
         held_pairs = reading.take(other, tokenizer, limit, config, usable=usable, role="eval")
-        reading.counts["rows"] = trained
         shared = {_prompt_key(record) for record, _ in pairs} & {_prompt_key(record) for record, _ in held_pairs}
         reading.counts["prompts shared with eval"] = len(shared)
         held = [group for _, group in held_pairs]

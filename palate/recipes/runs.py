@@ -21,6 +21,8 @@ class RunsConfig(BaseModel):
 
 def run(config: RunsConfig, *, verb: str = "runs", argv=(), say=stderr, panel=None) -> dict[str, Any]:
     """What was asked for, as an object and as lines."""
+    from palate.run import flat_keys
+
     if config.action == "list":
         found = [summary(path.parent) for path in sorted(Path(config.run or "runs").glob("*/run.json"))]
         lines = [
@@ -35,9 +37,9 @@ def run(config: RunsConfig, *, verb: str = "runs", argv=(), say=stderr, panel=No
     if config.action == "show":
         row = summary(Path(config.run))
         lines = [f"{key:10} {value}" for key, value in row.items()]
-        lines += [f"{key:28} {value}" for key, value in sorted(_flat(first["config"]).items())]
+        lines += [f"{key:28} {value}" for key, value in sorted(flat_keys(first["config"]).items())]
         return {"run": row, "config": first["config"], "summary": lines}
-    one, two = _flat(first["config"]), _flat(_read(config.other)["config"])
+    one, two = flat_keys(first["config"]), flat_keys(_read(config.other)["config"])
     differing = {key: [one.get(key), two.get(key)] for key in sorted({*one, *two}) if one.get(key) != two.get(key)}
     lines = [f"{key:28} {a!s:24} {b}" for key, (a, b) in differing.items()]
     ends = [summary(Path(name)) for name in (config.run, config.other)]
@@ -79,10 +81,3 @@ def _read(name: str) -> dict[str, Any]:
             what = "cannot be read: no keys with values"
             raise CheckpointError(what, where=str(path / part), code="E501", next="put a copy of the file back")
     return {"record": record, "config": config}
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return flat
