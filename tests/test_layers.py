@@ -16,7 +16,7 @@ LINES = [
     ["train", "evaluation"],
     ["sampling"],
     ["reference"],
-    ["scoring"],
+    ["scoring", "worlds"],
     ["data", "model", "losses"],
     ["store", "layout", "run"],
     ["files"],
