@@ -12,6 +12,7 @@ from pydantic import Field
 
 from palate.errors import UsageError
 from palate.recipes.plan import dry_run
+from palate.recipes.retain import read_retained, retention
 from palate.recipes.training import TrainingConfig, open_folder, prepare, train
 from palate.recipes.verbs import every_tenth, fell, number, stderr
 
@@ -27,6 +28,13 @@ class PreferenceConfig(TrainingConfig):
         dict[str, float | bool | int], Field(description="Options of the loss, by its own names")
     ] = {}
     beta: Annotated[float | None, Field(description="Short for loss_options.beta")] = None
+    retain: Annotated[
+        str,
+        Field(description="Demonstrations that must stay likely; auto: built-in ones for models made from ours; none"),
+    ] = "auto"
+    retain_samples: Annotated[
+        int, Field(ge=0, description="Held-out prompts whose completions are counted before and after")
+    ] = 24
 
 
 class FeedbackConfig(PreferenceConfig):
@@ -35,9 +43,12 @@ class FeedbackConfig(PreferenceConfig):
     loss: Annotated[str, Field(description="A loss on single feedback")] = "kto"
 
 
-def run(config: PreferenceConfig, *, verb: str = "dpo", argv=(), say=stderr, panel=None) -> dict[str, Any]:
+def run(
+    config: PreferenceConfig, *, verb: str = "dpo", argv=(), say=stderr, panel=None, stop: int | None = None
+) -> dict[str, Any]:
     """Trains --model on the preferences of --data; returns the result object of --json.
 
+    stop: as for `train`.
     Raises UsageError for a loss or option that does not fit, DataError, ModelError, and Interrupted when stopped.
     """
     from palate import losses
@@ -69,9 +80,11 @@ def run(config: PreferenceConfig, *, verb: str = "dpo", argv=(), say=stderr, pan
         format=config.format,
         bad_rows=config.bad_rows,
     )
+    records = read_retained(config, say)
     prepared = prepare(
         config, read, lambda numerics: objective(config.loss, numerics, **options), usable=usable, say=say
     )
+    watched = retention(config, prepared, records)
     waiting = [load_reference(config, prepared)]  # before a folder is made; taken out once, so that it can be freed
     if config.dry_run:
         return dry_run(config, prepared, say)
@@ -87,6 +100,8 @@ def run(config: PreferenceConfig, *, verb: str = "dpo", argv=(), say=stderr, pan
         facts={"reference_scored": 0, "reference_reused": 0},
         better="eval/rewards/accuracies" if kind != "feedback" else "-eval/loss",
         verdict=feedback_verdict if kind == "feedback" else pair_verdict,
+        retention=watched,
+        stop=stop,
     )
 
 

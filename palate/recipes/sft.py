@@ -18,8 +18,10 @@ class SftConfig(TrainingConfig):
     ] = "all"
 
 
-def run(config: SftConfig, *, verb: str = "sft", argv=(), say=stderr, panel=None) -> dict[str, Any]:
-    """Trains --model on the demonstrations of --data; returns the result object of --json."""
+def run(
+    config: SftConfig, *, verb: str = "sft", argv=(), say=stderr, panel=None, stop: int | None = None
+) -> dict[str, Any]:
+    """Trains --model on the demonstrations of --data; returns the result object of --json. stop: as for `train`."""
     from palate.data.sources import read_demonstrations
     from palate.train.objectives import completion_nll
 
@@ -36,7 +38,18 @@ def run(config: SftConfig, *, verb: str = "sft", argv=(), say=stderr, panel=None
     prepared = prepare(config, read, completion_nll, usable=lambda group: None, say=say)
     if config.dry_run:
         return dry_run(config, prepared, say)
-    return train(config, verb, out, prepared, argv=argv, say=say, panel=panel, better="-eval/loss", verdict=verdict)
+    return train(
+        config,
+        verb,
+        out,
+        prepared,
+        argv=argv,
+        say=say,
+        panel=panel,
+        better="-eval/loss",
+        verdict=verdict,
+        stop=stop,
+    )
 
 
 def verdict(before: dict, after: dict) -> tuple[bool, str]:

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from palate.errors import CheckpointError, Interrupted, NotBetterError, PalateError, UsageError
 from palate.recipes.plan import auto_rate, check_disk
+from palate.recipes.retain import Retention, retention_lines
 from palate.recipes.rows import Rows, read_rows, strings_of
 from palate.recipes.verbs import InputConfig, Say, check_model_options, max_length, resolve_precision
 from palate.train.optim import OptimConfig, UpdateConfig
@@ -85,6 +86,10 @@ class TrainingConfig(InputConfig):
             if self.eval == "none" and getattr(self, name):
                 raise UsageError("has no effect without --eval", where=name, code="E316", next="drop one of the two")
         return self
+
+
+class Paused(Interrupted):
+    """A run that stands, saved, at the step where it was asked to stop."""
 
 
 # what may differ between a run and its resumption: nothing that moves a number
@@ -208,12 +213,16 @@ def train(
     facts: dict[str, Any] | None = None,
     better: str,
     verdict: Callable[[dict, dict], tuple[bool, str]],
+    retention: Retention | None = None,
+    stop: int | None = None,
 ) -> dict[str, Any]:
     """The run folder from first line to saved model; resumes where --resume asks for it.
 
     annotate: (run, train, held) -> (train, held, facts, inspect), for objectives with a reference. facts: of the
     result, where there is none. better: the evaluation's key that picks the best checkpoint, as for `fit`.
-    verdict: (before, after) -> (shown better, sentence). What is raised names the folder in its `result`.
+    verdict: (before, after) -> (shown better, sentence). retention: what is watched beside the held-out rows.
+    stop: the step after which the run is saved and Paused is raised, unless it is the last: another call goes on.
+    What is raised names the folder in its `result`.
     """
     from palate.run import Run
 
@@ -229,7 +238,9 @@ def train(
             may_change=MAY_CHANGE,
             parents=[{"model": prepared.loaded.name, "identity": prepared.identity}],
         ) as run:
-            result = _train(config, run, prepared, say, panel, annotate, dict(facts or {}), better, verdict)
+            result = _train(
+                config, run, prepared, say, panel, annotate, dict(facts or {}), better, verdict, retention, stop
+            )
             run.finish(result)
         if config.require_better and not result["better"]:
             error = NotBetterError(result["verdict"], next="train longer, change --lr or --beta, or look at the data")
@@ -246,7 +257,7 @@ def train(
         raise
 
 
-def _train(config, run, prepared, say, panel, annotate, facts, better, verdict) -> dict[str, Any]:
+def _train(config, run, prepared, say, panel, annotate, facts, better, verdict, retention, stop) -> dict[str, Any]:
     from palate.data.stream import stream
     from palate.distributed import Ranks
     from palate.evaluation.preference import evaluate
@@ -300,12 +311,16 @@ def _train(config, run, prepared, say, panel, annotate, facts, better, verdict) 
         say("resume: no checkpoint yet, starting at step 0")
     run.rewind(state.step)
 
+    if retention:
+        retention.begin(run, model, state.step)
+
     def evaluation() -> dict[str, Any]:
-        return evaluate(model, held, objective, tokens=config.train.tokens)
+        found = evaluate(model, held, objective, tokens=config.train.tokens) if held else {}
+        return found | (retention.measure(model, whole=state.step in (0, prepared.steps)) if retention else {})
 
     shown_prompts = [group for group in held if len(group.prompt)][: config.samples]
     if state.step == 0:
-        if held:
+        if held or retention:
             run.log({"step": 0} | evaluation() | {"time": time.time()})
         run.samples(sample_rows(model, tokenizer, shown_prompts, 0))
     fifth = max(1, prepared.steps // 5)
@@ -328,15 +343,18 @@ def _train(config, run, prepared, say, panel, annotate, facts, better, verdict) 
             objective,
             run,
             ranks=ranks,
-            evaluate=evaluation if held else None,
+            evaluate=evaluation if held or retention else None,
             eval_every=config.eval_every or fifth,
             save_every=config.save_every or fifth,
             keep=config.train.keep,
             meta=meta,
             better=better,
             inspect=inspect if state.step == 0 else None,
+            stop=stop,
             show=lambda line: shown(line) if line["step"] % config.log_every == 0 or "loss" not in line else None,
         )
+    if state.step < prepared.steps:
+        raise Paused(f"paused after step {state.step} of {prepared.steps}", next="the same run with --resume goes on")
     first = [row for row in read_lines(run.path / "samples.jsonl") if row["step"] == 0]
     run.samples(sample_rows(model, tokenizer, shown_prompts, state.step, first))
     if not (run.path / "model").exists():
@@ -344,6 +362,7 @@ def _train(config, run, prepared, say, panel, annotate, facts, better, verdict) 
     evals = [line for line in run.metrics() if "eval/loss" in line]
     before, after = (_evals(evals[0]), _evals(evals[-1])) if evals else ({}, {})
     is_better, sentence = verdict(before, after)
+    kept = {} if retention is None else {"retention": retention.result(run.metrics())}
     return {
         "out": str(run.path),
         "model": str(run.path / "model"),
@@ -354,8 +373,10 @@ def _train(config, run, prepared, say, panel, annotate, facts, better, verdict) 
         "after": after,
         "data": rows.counts,
         **facts,
+        **kept,
         "summary": [
             f"verdict    {sentence}",
+            *(retention_lines(kept["retention"]) if kept else []),
             f"model      {run.path / 'model'}",
             f"next       palate generate --model {run.path} --data PROMPTS --out FILE · palate runs show {run.path}",
         ],

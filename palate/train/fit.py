@@ -33,9 +33,12 @@ def fit(
     meta: dict[str, Any] | None = None,
     better: str | None = None,
     inspect: Callable[[int, list[Outcome]], None] | None = None,
+    stop: int | None = None,
     show: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:
     """Trains to the end of `batches`, or to the first signal: then saves and raises Interrupted.
+
+    stop: a step after which it saves and returns, also where it is not the last; nothing, where that step is behind.
 
     Every step is logged; evaluations and checkpoints follow it in this order, also after the last step, so that a run
     resumed from a checkpoint has every line it should have and none twice.
@@ -45,6 +48,8 @@ def fit(
     """
     ranks = ranks or Ranks.single()
     last = state.total_steps
+    if stop is not None and stop <= state.step:
+        return
     with _signals() as asked:
         for step in steps(state, batches, objective, ranks, inspect=inspect):
             _log(run, step.as_dict(), ranks, show)
@@ -55,7 +60,7 @@ def fit(
                 improved = better is not None and _improves(found.get(better.lstrip("-")), state.best, better)
                 if improved:
                     state.best = {"step": step.number, "value": found[better.lstrip("-")]}
-            if final or asked or improved or (save_every and step.number % save_every == 0):
+            if final or asked or improved or step.number == stop or (save_every and step.number % save_every == 0):
                 if ranks.first:
                     run.sync()  # the lines that the checkpoint counts on come to the disk before it
                     checkpoint.save(state, run.checkpoints, keep=keep, meta=meta)
@@ -64,6 +69,8 @@ def fit(
                     f"stopped by {asked[0]} after step {step.number}, which is saved",
                     next=f"palate {run.verb} -c {run.path / 'config.yaml'} --resume --out {run.path}",
                 )
+            if step.number == stop:
+                return
 
 
 def _improves(value: float | None, best: dict[str, Any] | None, better: str) -> bool:
