@@ -13,13 +13,13 @@ PACKAGE = ROOT / "palate"
 LINES = [
     ["cli"],
     ["recipes"],
-    ["train", "evaluation"],
+    ["train", "evaluation", "report"],
     ["sampling"],
     ["reference"],
     ["scoring", "worlds"],
     ["data", "model", "losses"],
     ["store", "layout", "run"],
-    ["files"],
+    ["files", "builtin"],
     ["errors", "tally", "distributed"],
 ]
 BESIDE_CLI = {"config", "panel"}  # only cli sees them
@@ -93,6 +93,12 @@ def test_a_room_imports_only_from_lines_below(path):
 def test_the_picture_holds_every_room():
     rooms = {p.relative_to(PACKAGE).parts[0].removesuffix(".py") for p in modules()} - {"__init__"}
     assert rooms <= set(LEVEL) | BESIDE_CLI
+
+
+def test_the_report_sees_run_folders_alone():
+    for path in (PACKAGE / "report").glob("*.py"):
+        for line, dotted in imports(path):
+            assert room_of(dotted) in {None, "report", "run", "files", "errors"}, f"{path.name}:{line} imports {dotted}"
 
 
 def test_losses_import_torch_alone():
