@@ -197,7 +197,7 @@ FILES = [
     Case("F1 missing", on("--data goof.jsonl"), 3, "E101", ("goof.jsonl", "good.jsonl")),
     Case("F1 no folder", on("--data no/such.jsonl"), 3, "E101", ("no/such.jsonl",)),
     Case("F1 eval missing", on("--data good.jsonl --eval goof.jsonl"), 3, "E101", ("goof.jsonl", "good.jsonl")),
-    Case("F1 builtin", on("--data builtin:reviews"), 3, "E101", ("builtin:reviews",)),
+    Case("F1 builtin", on("--data builtin:review"), 3, "E101", ("builtin:review", "did you mean builtin:reviews")),
     Case("F1 Hub id offline", on("--data nobody/nothing"), 3, "E101", ("nobody/nothing",)),
     Case("F2 folder", on("--data d"), 3, "E102", ("d/a.jsonl",), lambda kit: (kit.folder / "d").mkdir() or kit.write("d/a.jsonl", row())),
     Case("F3 unreadable", on("--data good.jsonl"), 5, "E103", ("good.jsonl", "mode", "chmod"), unreadable),
@@ -629,7 +629,7 @@ def new(id: str, text: str, code: str, *words: str, exit: int = 3) -> Case:
 MODELS = [
     model("M1 no such folder", lambda kit: None, "E401", "'./m'", more="--model ./m"),
     model("M1 Hub id offline", lambda kit: None, "E401", "nobody/nothing", more="--model nobody/nothing"),
-    model("M1 builtin", lambda kit: None, "E401", "builtin:tiny", more="--model builtin:tiny"),
+    model("M1 builtin", lambda kit: None, "E401", "builtin:tny", "builtin:tiny", more="--model builtin:tny"),
     model("M1 no GGUF", lambda kit: kit.write("x.gguf", b"GGML"), "E404", "x.gguf", more="--model x.gguf"),
     model("M1 no config", without("config.json"), "E401", "config.json", "tokenizer.json"),
     model("M1 no tokenizer", without("tokenizer.json"), "E401", "tokenizer.json", "config.json"),

@@ -97,10 +97,19 @@ class Rows:
     """Iterates over the `Row`s of one regular file; afterwards `sha256`, `count` and `notes` are whole.
 
     first, stop: half-open range of rows from 0, blank lines not counted; the file is hashed to its end all the same.
+    name: what the file is called in messages and records, in place of its path.
     """
 
-    def __init__(self, path: str, *, format: str | None = None, first: int = 0, stop: int | None = None):
-        self.path, self.first, self.stop = path, first, stop
+    def __init__(
+        self,
+        path: str,
+        *,
+        format: str | None = None,
+        first: int = 0,
+        stop: int | None = None,
+        name: str | None = None,
+    ):
+        self.path, self.file, self.first, self.stop = name or path, path, first, stop
         self.notes: list[str] = []
         self.count = 0
         self._check_path()
@@ -115,7 +124,7 @@ class Rows:
 
     def __iter__(self) -> Iterator[Row]:
         try:
-            handle = open(self.path, "rb")  # noqa: SIM115, closed below
+            handle = open(self.file, "rb")  # noqa: SIM115, closed below
         except PermissionError as error:
             raise self._unreadable() from error
         except OSError as error:
@@ -130,7 +139,7 @@ class Rows:
                 raise MachineError(f"cannot be read: {error.strerror or error}", where=self._where()) from error
             after = _mark(os.fstat(handle.fileno()))
         try:
-            named = _mark(os.stat(self.path))
+            named = _mark(os.stat(self.file))
         except OSError:
             named = None
         if before != after or named != after:
@@ -152,7 +161,7 @@ class Rows:
 
     def _unreadable(self) -> MachineError:
         try:
-            state = os.stat(self.path)
+            state = os.stat(self.file)
             what = f"no permission to read it: owner {state.st_uid}, mode {stat.S_IMODE(state.st_mode):o}"
         except OSError:
             what = "no permission to read it"
@@ -161,7 +170,7 @@ class Rows:
         )
 
     def _check_path(self) -> None:
-        path = self.path
+        path = self.file
         odd = [c for c in path if unicodedata.category(c) in ("Cc", "Cs")]
         if odd or len(os.fsencode(path) if not odd else path) > 4096 or max(map(len, path.split("/"))) > 255:
             what = f"a name with {odd[0]!a}" if odd else f"a name of {len(path)} characters"
@@ -190,7 +199,7 @@ class Rows:
             raise self._refused("E118", kind, "give a regular file")
 
     def _missing(self) -> NotThereError:
-        folder, name = os.path.split(os.path.abspath(self.path))
+        folder, name = os.path.split(os.path.abspath(self.file))
         try:
             near = get_close_matches(name, sorted(os.listdir(folder))[:10_000], n=3, cutoff=0.5)
         except OSError:

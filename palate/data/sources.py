@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from palate import builtin
 from palate.data import columns as dialects
 from palate.data.columns import Dialect, Dropped, View
 from palate.data.records import (
@@ -197,7 +198,7 @@ def _open(data: Any, format: str | None) -> list[Rows | _Table]:
     for index, source in enumerate(opened):
         for other in opened[:index]:
             same = other.path == source.path or (
-                isinstance(source, Rows) and isinstance(other, Rows) and os.path.samefile(source.path, other.path)
+                isinstance(source, Rows) and isinstance(other, Rows) and os.path.samefile(source.file, other.file)
             )
             if same and (other.first, other.stop) == (source.first, source.stop):
                 what = f"the same file twice (first as {shown(other.path, 200)})"
@@ -215,9 +216,8 @@ def _open_one(name: str, format: str | None) -> Rows | _Table:
             what = f'the slice "[{shown(inside, 40)}]" is not understood'
             raise UsageError(what, where=shown(name, 400), code="E303", next="write [:500], [100:] or [100:200]")
         first, stop = int(bounds[1] or 0), int(bounds[2]) if bounds[2] else None
-    if name.startswith("builtin:"):
-        what = "builtin data sets are not part of this version"
-        raise NotThereError(what, where=shown(name, 400), code="E101", next="give a file or a Hub id")
+    if name.startswith(builtin.PREFIX):
+        return Rows(str(builtin.data_file(name)), format="jsonl", first=first, stop=stop, name=name)
     ending = os.path.splitext(name)[1].lower()
     owner = name.partition("/")[0]
     if _HUB.fullmatch(name) and ending not in FORMATS and not _exists(name) and not os.path.isdir(owner):

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from palate import builtin
 from palate.errors import MachineError, ModelError, NotThereError, PalateError, UsageError
 from palate.files import machine_errors, new_folder, verify_folder
 from palate.model import Model
@@ -42,7 +43,6 @@ from palate.model.tokenizer import tokenizer_difference as tokenizer_difference
 from palate.model.tokenizer import train_tokenizer as train_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-BUILTIN: tuple[str, ...] = ()
 
 _HUB_FILES = [f"*{end}" for end in (".safetensors", ".safetensors.index.json", ".model", ".tiktoken")]
 _HUB_FILES += ["config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json"]
@@ -82,7 +82,7 @@ def load(
     """The causal language model that `name` stands for, in eval mode, and its tokenizer.
 
     name: a folder, a run folder (its `model/`), a LoRA adapter's folder (merged into its base), a GGUF file,
-        `new:CONFIG.json` (random weights drawn from `seed`), or a Hub id.
+        `new:CONFIG.json` (random weights drawn from `seed`), `builtin:tiny`, `builtin:base`, or a Hub id.
     dtype: "float32", "bfloat16", "float16" or "float64": what the weights are held in.
     device: "cpu", "cuda", "mps" or "auto", which takes what is there.
     trust_remote_code: run Python that comes with the model; needs `revision`, the 40-digit commit that was read.
@@ -100,9 +100,8 @@ def load(
             next="give the full 40-digit revision as well",
         )
     how = _How(dtype, device, trust_remote_code, revision, seed)
-    if text.startswith("builtin:"):
-        known = ", ".join(BUILTIN) or "none"
-        raise NotThereError(f"there is no model {text!r}; built-in models: {known}", code="E401", next=_NAMES)
+    if text.startswith(builtin.PREFIX):
+        return _named(_from_folder(text, builtin.model_folder(text), how), text)
     if text.startswith("new:"):
         return _new(text, how)
     path = Path(text).expanduser()

@@ -1,15 +1,17 @@
 """Tokenizers: one is trained where a new model has none, and two are compared before their log-probs are."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from palate.errors import ModelError
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int):
-    """A byte-level BPE tokenizer of at most `vocab_size` tokens, learnt from `texts`; any text decodes to itself.
+def train_tokenizer(texts: Iterable[str], vocab_size: int, control: Sequence[str] = ()):
+    """A BPE tokenizer of at most `vocab_size` tokens, learnt from `texts`, that falls back to bytes: any text decodes
+    to itself.
 
     `<s>` (0) is put in front, `</s>` (1) ends a text, `<pad>` (2) pads. vocab_size: at least 259, one a byte and these.
+    control: further control tokens, such as a chat template's; they take the ids from 3 on.
     """
     from tokenizers import (
         Tokenizer,
@@ -21,7 +23,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
     )
     from transformers import PreTrainedTokenizerFast
 
-    special = ["<s>", "</s>", "<pad>"]
+    special = ["<s>", "</s>", "<pad>", *control]
     if vocab_size < 256 + len(special):
         raise ModelError(
             f"a tokenizer needs at least {256 + len(special)} tokens, the config's vocab_size is {vocab_size}",
@@ -46,6 +48,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
+        extra_special_tokens=list(control),
         clean_up_tokenization_spaces=False,
     )
 

@@ -13,13 +13,24 @@ from palate.errors import ModelError, UsageError
 Say = Callable[[str], None]
 
 
-class InputConfig(BaseModel):
-    """Options of every verb that runs a model over a data file: which model, which file, how they are read."""
+class _ModelConfig(BaseModel):
+    """The option that names one model."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: Annotated[str, Field(description="Hub id, folder, run folder, GGUF file, or new:CONFIG.json")]
-    data: Annotated[str, Field(description="JSONL, JSON, CSV or Parquet file, slice of one as FILE[:500], or Hub id")]
+    model: Annotated[
+        str, Field(description="Hub id, folder, run folder, GGUF file, builtin:tiny, builtin:base, or new:CONFIG.json")
+    ]
+
+
+class ReadConfig(BaseModel):
+    """Options of every verb that runs models over a data file: which file, how it and they are read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: Annotated[
+        str, Field(description="JSONL, JSON, CSV or Parquet file, slice of one as FILE[:500], builtin:NAME, or Hub id")
+    ]
     columns: Annotated[dict[str, str], Field(description="Column names, as chosen=good,rejected=bad")] = {}
     format: Annotated[str | None, Field(description="jsonl, json, csv or parquet, where the name does not tell")] = None
     bad_rows: Annotated[
@@ -29,6 +40,10 @@ class InputConfig(BaseModel):
     device: Annotated[str, Field(description="auto, cpu, cuda, mps")] = "auto"
     trust_remote_code: Annotated[bool, Field(description="Run Python code that the model brings")] = False
     revision: Annotated[str | None, Field(description="Commit of a Hub model; 40 hex digits with remote code")] = None
+
+
+class InputConfig(ReadConfig, _ModelConfig):
+    """Options of every verb that runs one model over a data file."""
 
 
 def stderr(text: str) -> None:
@@ -69,7 +84,7 @@ def check_model_options(config, *names: str | None) -> None:
 
     def here(name: str) -> bool:  # an adapter here may have its base on the Hub
         path = Path(name).expanduser()
-        return name.startswith("new:") or (path.exists() and not (path / "adapter_config.json").is_file())
+        return name.startswith(("new:", "builtin:")) or (path.exists() and not (path / "adapter_config.json").is_file())
 
     if config.revision is not None and all(here(name) for name in names if name is not None):
         raise UsageError("has no effect on local models", where="revision", code="E316", next="drop it")

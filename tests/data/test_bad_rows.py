@@ -361,7 +361,7 @@ def test_options_are_checked(tmp_path):
         with pytest.raises(UsageError):
             wrong()
     with pytest.raises(NotThereError):
-        read_pairs("builtin:reviews")
+        read_pairs("builtin:nothing")
 
 
 def test_hub_offline_is_a_clear_refusal(tmp_path):

@@ -144,9 +144,11 @@ def test_a_path_that_is_not_there(name):
     assert caught.value.exit_code == 3 and isinstance(caught.value, FileNotFoundError)
 
 
-@pytest.mark.parametrize("name", ["builtin:tiny", "builtin:base", "builtin:"])
-def test_builtin_names_are_listed(name):
-    with pytest.raises(NotThereError, match="built-in models: none"):
+@pytest.mark.parametrize(
+    "name, hint", [("builtin:tin", "did you mean builtin:tiny"), ("builtin:", "builtin:base, builtin:tiny")]
+)
+def test_builtin_names_are_listed(name, hint):
+    with pytest.raises(NotThereError, match=hint):
         load(name)
 
 
