@@ -27,7 +27,7 @@ class Verb:
     """One row of the table of verbs.
 
     config: `module:Type` with the options; the module's `run(config, *, verb, say, panel, argv) -> dict` does the work.
-    operands: options that may be given without their flag, in this order.
+    operands: options that may be given without their flag, in this order; one that is a list takes all that are left.
     """
 
     help: str
@@ -53,6 +53,12 @@ VERBS = {
     "kto": Verb("Train on single completions, liked or not.", "palate.recipes.preference:FeedbackConfig"),
     "score": Verb("Log-probs, implicit rewards and margins of pairs.", "palate.recipes.score:ScoreConfig"),
     "generate": Verb("Completions of the prompts of a file.", "palate.recipes.generate:GenerateConfig"),
+    "compare": Verb(
+        "Win rates of models, or of files of completions, by a judge.",
+        "palate.recipes.compare:CompareConfig",
+        ("contestants",),
+    ),
+    "chat": Verb("Talk to a model, beside the one it was made from.", "palate.recipes.chat:ChatConfig", ("run",)),
     "runs": Verb("List runs; show RUN; diff A B.", "palate.recipes.runs:RunsConfig", ("action", "run", "other")),
 }
 
@@ -240,12 +246,15 @@ def _taker(given: dict, known, operands: tuple[str, ...], own_json: bool) -> Cal
     for path, leaf in sorted(known.items(), key=lambda item: operands.index(item[0]) if item[0] in operands else 99):
         wants = leaf.wants
         annotation = bool | None if wants <= {bool, None} else dict[str, str] | None if leaf.open else str | None
+        if wants & {list, tuple}:
+            annotation = list[str] | None
         group = Group(path.split(".")[0].replace("_", "-"), sort_key=1) if "." in path else Group("options", sort_key=0)
         default = default_text(leaf.field)
         options = Parameter(
             name=leaf.flag,
             help=leaf.field.description or "",
             show_default=(lambda value, text=default: text) if default else False,
+            negative_iterable=(),
             group=group,
         )
         name = path.replace(".", "__")

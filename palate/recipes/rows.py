@@ -6,10 +6,11 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from palate.errors import DataError
-from palate.recipes.verbs import Say
+from palate.recipes.verbs import Say, check_new_file
 
 
 @dataclass
@@ -28,7 +29,6 @@ class Reading:
 
         usable: (group) -> None, or why the group cannot teach anything. Raises DataError (E200) naming the first 20.
         """
-        from palate.data.rows import raw_rows
         from palate.data.tokens import tokenize
 
         self.sources += [dict(source, role=role) for source in records.sources]
@@ -56,14 +56,8 @@ class Reading:
                 code="E200",
                 next="mend these rows, or use --bad-rows skip",
             )
-        lines_of: dict[str, set[int]] = {}
-        for record, _ in refused:
-            lines_of.setdefault(record.source.file, set()).add(record.source.line)
-        stood = {path: raw_rows(path, lines, config.format) for path, lines in lines_of.items() if os.path.isfile(path)}
-        for record, error in refused:
-            self.counts["refused"] += 1
-            as_read = json.dumps(asdict(record), ensure_ascii=False)
-            self.rejects.append((stood.get(record.source.file, {}).get(record.source.line, as_read), str(error)))
+        self.counts["refused"] += len(refused)
+        self.rejects += as_they_stood(refused, config.format)
         return kept
 
     def _notice(self, record, group, tokenizer) -> None:
@@ -139,6 +133,41 @@ def _held_out(keys: Sequence[str], seed: int) -> set[str]:
     """5 % of the distinct prompts, at most 300, by a hash of (seed, prompt): the same however the file is ordered."""
     distinct = sorted(set(keys), key=lambda key: hashlib.blake2b(f"{seed} {key}".encode()).digest())
     return set(distinct[: min(300, len(distinct) // 20)])
+
+
+def as_they_stood(refused: Sequence[tuple[Any, DataError]], format: str | None = None) -> list[tuple[str, str]]:
+    """Refused records as their rows stand in the file, each with its message; as read where there is no file."""
+    from palate.data.rows import raw_rows
+
+    lines_of: dict[str, set[int]] = {}
+    for record, _ in refused:
+        lines_of.setdefault(record.source.file, set()).add(record.source.line)
+    stood = {path: raw_rows(path, lines, format) for path, lines in lines_of.items() if os.path.isfile(path)}
+    found = []
+    for record, error in refused:
+        as_read = json.dumps(asdict(record), ensure_ascii=False)
+        found.append((stood.get(record.source.file, {}).get(record.source.line, as_read), str(error)))
+    return found
+
+
+def rejects_file(config) -> Path:
+    """Where refused rows go under --bad-rows skip: beside --out. Raises UsageError (E313) where that is there."""
+    path = Path(config.out).with_suffix(".rejects.jsonl")
+    if config.bad_rows == "skip":
+        check_new_file(str(path))
+    return path
+
+
+def write_rejects(path: Path, rows: Sequence[tuple[str, str]], say: Say) -> dict[str, str]:
+    """Writes refused rows, byte for byte as they stood, where there are any; what the result object says of it."""
+    from palate.files import make_folder, write_bytes
+
+    if not rows:
+        return {}
+    make_folder(path.parent)
+    write_bytes(path, b"".join(raw.encode("utf-8", "surrogateescape") + b"\n" for raw, _ in rows))
+    say(f"data: {len(rows)} refused rows are in {path}")
+    return {"rejects": str(path)}
 
 
 def texts_of(record) -> list:

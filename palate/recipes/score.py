@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from palate.errors import DataError
-from palate.recipes.rows import Reading
+from palate.recipes.rows import Reading, rejects_file, write_rejects
 from palate.recipes.verbs import (
     InputConfig,
     check_model_options,
@@ -45,6 +45,7 @@ def run(config: ScoreConfig, *, verb: str = "score", argv=(), say=stderr, panel=
 
     check_model_options(config, config.model, config.reference)
     check_new_file(config.out)
+    rejects = rejects_file(config)
     records = read_any(config.data, columns=config.columns or None, format=config.format, bad_rows=config.bad_rows)
     for note in [*records.notes, *records.warnings]:
         say(f"data: {note}")
@@ -75,11 +76,13 @@ def run(config: ScoreConfig, *, verb: str = "score", argv=(), say=stderr, panel=
     bases = [None] * len(groups) if reference is None else reference.totals
     lines = [_line(*row, config.beta) for row in zip(groups, scored.totals, bases, strict=True)]
     write_lines(config.out, lines)
+    kept_aside = write_rejects(rejects, reading.rejects, say)
     against = reference or scored
     result: dict[str, Any] = {
         "out": config.out,
         "rows": len(lines),
         "refused": reading.counts["refused"],
+        **kept_aside,
         "data": dict(reading.counts),
         "scored": scored.scored,
         "reused": scored.reused,

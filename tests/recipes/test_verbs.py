@@ -161,3 +161,23 @@ def test_runs_list_show_and_diff(palate, tiny, tmp_path):
     assert palate.code == 3
     palate("runs", "show")
     assert palate.code == 2
+
+
+@pytest.mark.parametrize("verb", ["score", "generate"])
+def test_skipped_rows_are_kept_aside_as_they_stood(palate, tiny, tmp_path, verb):
+    good = [json.dumps(row) for row in pairs(8)]
+    empty = '{"prompt": "Why?",  "chosen": "", "rejected": ""}'  # two spaces: byte for byte
+    long = json.dumps({"prompt": "word " * 400, "chosen": " a" * 300, "rejected": " b" * 300})
+    bad = {"score": [empty, '{"prompt": 7}'], "generate": ['{"prompt": 7}', long]}[verb]
+    data = tmp_path / "d.jsonl"
+    data.write_text("\n".join([*good[:3], bad[0], *good[3:], bad[1]]) + "\n")
+    result = palate.ok(verb, model=tiny, data=data, out="made/out.jsonl", bad_rows="skip", device="cpu")
+    assert (result["refused"], result["rejects"]) == (2, "made/out.rejects.jsonl")
+    assert Path("made/out.rejects.jsonl").read_text() == "\n".join(bad) + "\n"
+    assert len(lines(Path("made/out.jsonl"))) == 8
+    palate(verb, model=tiny, data=data, out="made/out.json", bad_rows="skip", device="cpu")
+    assert palate.code == 2  # the rejects of before are in the way
+    assert not Path("made/out.json").exists()
+    data.write_text("\n".join(good) + "\n")
+    assert "rejects" not in palate.ok(verb, model=tiny, data=data, out="whole.jsonl", bad_rows="skip", device="cpu")
+    assert not Path("whole.rejects.jsonl").exists()

@@ -1,0 +1,294 @@
+"""Two or more contestants on the same prompts, a judge, and how often each is preferred to each other one.
+
+A contestant is a model, which then completes the prompts, or a file of completions as `palate generate` writes it.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import combinations
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from palate.errors import DataError, NotBetterError, UsageError
+from palate.recipes.generate import SamplingConfig, complete, encoded, load_policy, plain_prompt
+from palate.recipes.verbs import ReadConfig, Say, check_model_options, stderr
+
+
+class CompareConfig(SamplingConfig, ReadConfig):
+    """Options of `palate compare`."""
+
+    contestants: Annotated[list[str], Field(description="Two or more models or JSONL files of completions")] = []
+    judge: Annotated[
+        str, Field(description="rule, random, implicit:RUN, a reward model's folder, or module:function in Python")
+    ]
+    out: Annotated[str | None, Field(description="New folder for comparison.json and the completions")] = None
+    allow_self_judge: Annotated[bool, Field(description="Let a run judge its own model: implicit:RUN")] = False
+    require_better: Annotated[bool, Field(description="Exit 4 unless the first is shown better than the second")] = (
+        False
+    )
+
+    @model_validator(mode="after")
+    def _two(self):
+        if len(self.contestants) < 2:
+            what = f"compare needs two contestants or more, not {len(self.contestants)}"
+            raise UsageError(what, code="E300", next="palate compare A B --data PROMPTS --judge rule")
+        return self
+
+
+def run(config: CompareConfig, *, verb: str = "compare", argv=(), say=stderr, panel=None) -> dict[str, Any]:
+    """Compares every contestant with every later one; returns the first match's numbers, and all from three on.
+
+    Every sample of a prompt is used: the first of one side against the first of the other, and so on, the shorter
+    side's again from its beginning. Raises what the files, models and the judge raise, DataError (E236) where a file
+    has no completion of a prompt, and NotBetterError under --require-better.
+    """
+    from palate.data.sources import read_prompts
+    from palate.evaluation.winrate import comparison, match, sentence
+    from palate.run import check_out
+    from palate.sampling.judge import open_judge
+
+    models = [name for name in dict.fromkeys(config.contestants) if not is_file(name)]
+    check_model_options(config, *(models or ["new:"]))
+    refuse_self_judge(config, models)
+    if config.out is not None:
+        check_out(Path(config.out))
+    records = read_prompts(config.data, columns=config.columns or None, format=config.format, bad_rows=config.bad_rows)
+    distinct = list({record.prompt: record for record in reversed(records)}.values())[::-1]
+    if len(distinct) < len(records):
+        say(f"data: {len(records)} prompts, {len(distinct)} of them different")
+    files = {name: read_completions(name) for name in dict.fromkeys(config.contestants) if name not in models}
+    for name, made in files.items():
+        check_complete(name, made, distinct, say)
+    judge = open_judge(config.judge, device=config.device, seed=config.seed)
+    if config.judge == "rule":
+        check_prompts(judge, distinct)
+    made = dict(files)
+    for name in models:
+        made[name] = completed(config, name, distinct, say)
+    made = {name: made[name] for name in dict.fromkeys(config.contestants)}
+    distinct = [record for record in distinct if all(record.prompt in table for table in made.values())]
+    if not distinct:
+        raise DataError(f"no prompt of {config.data} is left", code="E104", next="look at the messages above")
+
+    score_all(judge, distinct, made)
+    matches, cases = [], []
+    for a, b in combinations(config.contestants, 2):
+        pairs = paired(distinct, made[a], made[b])
+        prompts = [at for at, _, _ in pairs]
+        matches.append(match(a, b, config.judge, outcomes(judge, distinct, pairs), prompts=prompts, seed=config.seed))
+        cases.append(pairs)
+    first, after, before = matches[0], made[config.contestants[0]], made[config.contestants[1]]
+    facts: dict[str, Any] = {
+        "length": means(distinct, before, after, "tokens"),
+        "reward": means(distinct, before, after, "score"),
+    }
+    several = {"matches": [asdict(one) for one in matches]} if len(matches) > 1 else {}
+    if config.out is not None:
+        examples = [example(distinct[at].prompt, two, one) for at, one, two in cases[0]]
+        write(Path(config.out), comparison(first, examples, **facts) | several, distinct, made)
+    result = asdict(first) | several | {"prompts": len(distinct), "out": config.out} | facts
+    result["summary"] = [sentence(first), "", *table(matches)]
+    if config.require_better and not first.better:
+        error = NotBetterError(sentence(first), next="train longer, compare on more prompts, or look at the data")
+        error.result = result
+        raise error
+    return result
+
+
+# --- contestants -----------------------------------------------------------------------------------------------------
+
+
+def is_file(name: str) -> bool:
+    """Whether a contestant is a file of completions rather than a model: it ends in .jsonl, or is no GGUF file."""
+    path = Path(name).expanduser()
+    if name.endswith((".jsonl", ".ndjson")):
+        return True
+    if name.startswith(("new:", "builtin:")) or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) != b"GGUF"
+
+
+def refuse_self_judge(config: CompareConfig, models: Sequence[str]) -> None:
+    """Nothing, unless a run would judge its own model without being asked to (UsageError E308)."""
+    if not config.judge.startswith("implicit:") or config.allow_self_judge:
+        return
+    judging = Path(config.judge.removeprefix("implicit:")).expanduser().resolve()
+    for name in models:
+        if Path(name).expanduser().resolve().is_relative_to(judging):
+            what = f"{config.judge} would judge its own model, {name}"
+            raise UsageError(what, where="judge", code="E308", next="take another judge, or add --allow-self-judge")
+
+
+def read_completions(name: str) -> dict[Any, list[dict[str, Any]]]:
+    """Prompt -> its completions, in file order, of a JSONL file as `palate generate` writes it.
+
+    A row has `prompt` and `completion`, may have `finished` (true unless it says otherwise) and `tokens`.
+    Raises what reading data raises, and DataError naming the line and the field.
+    """
+    from palate.data.columns import absent, kind, side, string
+    from palate.data.rows import RowError, Rows
+
+    made: dict[Any, list[dict[str, Any]]] = {}
+    path = str(Path(name).expanduser())
+    for row in Rows(path, format="jsonl"):
+        try:
+            if row.problem is not None:
+                raise row.problem
+            if not isinstance(row.value, dict):
+                raise RowError("E201", f"{kind(row.value)} where a row belongs", "make each row an object")
+            for key in ("prompt", "completion"):
+                if key not in row.value:
+                    raise absent(key, row.value)
+            reply = row.value["completion"]
+            if isinstance(reply, list) and len(reply) == 1:  # one message, as chat data has it
+                (message,) = side(reply, "completion")
+                reply = message.content
+            finished = row.value.get("finished", True)
+            if not isinstance(finished, bool):
+                raise RowError("E203", f"{kind(finished)} where true or false belongs", "mend the row", "finished")
+            tokens = row.value.get("tokens")
+            one = {"completion": string(reply, "completion"), "finished": finished}
+            one["tokens"] = tokens if isinstance(tokens, int) else None
+            made.setdefault(side(row.value["prompt"], "prompt"), []).append(one)
+        except RowError as problem:
+            raise problem.at(f"{path}:{row.line}") from None
+    return made
+
+
+def check_complete(name: str, made: dict, records: Sequence, say: Say) -> None:
+    """Nothing, where a file has a completion of every prompt; else DataError (E236) naming the first without."""
+    missing = [record for record in records if record.prompt not in made]
+    if missing:
+        prompt = missing[0].prompt
+        text = prompt if isinstance(prompt, str) else prompt[-1].content
+        what = f"no completion of {len(missing)} of {len(records)} prompts; the first is {text[:80]!r}"
+        hint = "complete the same prompts with palate generate, or give the --data it was made from"
+        raise DataError(f"{what} ({missing[0].source})", where=name, code="E236", next=hint)
+    if extra := len(made) - len(records):
+        say(f"{name}: {extra} other prompts are left aside")
+
+
+def check_prompts(judge, records: Sequence) -> None:
+    """Nothing, where the rule knows every prompt; else its DataError with the prompt's line, before a model is run."""
+    from palate.sampling.judge import Completion
+
+    for record in records:
+        try:
+            judge.scores([record.prompt], [Completion("")])
+        except DataError as error:
+            error.where = error.where or str(record.source)
+            raise
+
+
+def completed(config: CompareConfig, name: str, records: Sequence, say: Say) -> dict[Any, list[dict[str, Any]]]:
+    """Prompt -> what the model of this name makes of it; every model gets the same seed."""
+    loaded = load_policy(config, name)
+    for note in loaded.notes:
+        say(f"{name}: {note}")
+    kept, refused = encoded(loaded, records, config.bad_rows)
+    if refused:
+        say(f"{name}: {len(refused)} prompts cannot be completed and are left out for all")
+    say(f"{name}: completing {len(kept)} prompts")
+    rows = complete(loaded, kept, config)
+    made: dict[Any, list[dict[str, Any]]] = {}
+    for place, row in enumerate(rows):
+        made.setdefault(kept[place // config.samples][0].prompt, []).append(row)
+    return made
+
+
+# --- judging and telling --------------------------------------------------------------------------------------------
+
+
+def paired(records: Sequence, first: dict, second: dict) -> list[tuple[int, dict, dict]]:
+    """(number of the prompt, a completion of the first side, one of the second) of every comparison."""
+    pairs = []
+    for at, record in enumerate(records):
+        ones, twos = first[record.prompt], second[record.prompt]
+        pairs += [(at, ones[k % len(ones)], twos[k % len(twos)]) for k in range(max(len(ones), len(twos)))]
+    return pairs
+
+
+def score_all(judge, records: Sequence, made: dict[str, dict]) -> None:
+    """Writes "score" into every completion, where the judge scores one by itself."""
+    if not judge.scores_alone:
+        return
+    cases = [(record.prompt, row) for table in made.values() for record in records for row in table[record.prompt]]
+    values = judge.scores([prompt for prompt, _ in cases], [_seen(row) for _, row in cases])
+    for (_, row), value in zip(cases, values, strict=True):
+        row["score"] = value
+
+
+def outcomes(judge, records: Sequence, pairs: Sequence[tuple[int, dict, dict]]) -> list[float]:
+    """1, 0.5 or 0 for the first side of each comparison."""
+    from palate.evaluation.winrate import outcomes_of
+
+    if judge.scores_alone:
+        return outcomes_of([one["score"] for _, one, _ in pairs], [two["score"] for _, _, two in pairs])
+    prompts = [records[at].prompt for at, _, _ in pairs]
+    return judge.prefer(prompts, [_seen(one) for _, one, _ in pairs], [_seen(two) for _, _, two in pairs])
+
+
+def _seen(row: dict[str, Any]):
+    from palate.sampling.judge import Completion
+
+    return Completion(row["completion"], row["finished"])
+
+
+def means(records: Sequence, before: dict, after: dict, key: str) -> dict[str, float] | None:
+    """The mean of a number over all completions of both sides; None where some have none."""
+    sides = {"before": before, "after": after}
+    values = {side: [row.get(key) for r in records for row in made[r.prompt]] for side, made in sides.items()}
+    if any(value is None for side in values.values() for value in side):
+        return None
+    return {side: sum(numbers) / len(numbers) for side, numbers in values.items()}
+
+
+def example(prompt, before: dict, after: dict) -> dict[str, Any]:
+    """One comparison as comparison.json shows it."""
+    return {
+        "prompt": plain_prompt(prompt),
+        "before": before["completion"],
+        "after": after["completion"],
+        "score_before": before.get("score"),
+        "score_after": after.get("score"),
+    }
+
+
+def table(matches: Sequence) -> list[str]:
+    """The matches as aligned lines under a head."""
+    head = ("", "win rate", "95 % interval", "bootstrap", "wins", "losses", "ties", "")
+    rows = [
+        (
+            f"{one.a} against {one.b}",
+            f"{one.win_rate:.1%}",
+            f"[{one.low:.1%}, {one.high:.1%}]",
+            f"[{one.bootstrap_low:.1%}, {one.bootstrap_high:.1%}]",
+            *(str(count) for count in (one.wins, one.losses, one.ties)),
+            one.verdict,
+        )
+        for one in matches
+    ]
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
+    ]
+
+
+def write(out: Path, record: dict[str, Any], records: Sequence, made: dict[str, dict]) -> None:
+    """comparison.json and, per contestant, the completions that were judged, each with its score."""
+    from palate.files import make_folder, write_json, write_json_lines
+
+    make_folder(out)
+    for number, (name, table_) in enumerate(made.items(), 1):
+        short = re.sub(r"[^\w.-]+", "-", Path(name).name.removesuffix(".jsonl")).strip("-.") or "completions"
+        rows = [
+            {"prompt": plain_prompt(r.prompt), "sample": k} | row
+            for r in records
+            for k, row in enumerate(table_[r.prompt])
+        ]
+        write_json_lines(out / f"{number}-{short[:80]}.jsonl", rows)
+    write_json(out / "comparison.json", record)
