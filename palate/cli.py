@@ -9,6 +9,7 @@ import errno
 import importlib
 import importlib.util
 import inspect
+import keyword
 import os
 import signal
 import sys
@@ -257,7 +258,7 @@ def _taker(given: dict, known, operands: tuple[str, ...], own_json: bool) -> Cal
             negative_iterable=(),
             group=group,
         )
-        name = path.replace(".", "__")
+        name = path.replace(".", "__") + "_" * keyword.iskeyword(path)  # --with is a word of Python's
         paths[name] = path
         kind = kinds.POSITIONAL_OR_KEYWORD if path in operands else kinds.KEYWORD_ONLY
         parameters.append(kinds(name, kind, default=None, annotation=Annotated[annotation, options]))

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from palate.errors import DataError, NotBetterError, UsageError
-from palate.recipes.generate import SamplingConfig, complete, encoded, load_policy, plain_prompt
+from palate.recipes.generate import SamplingConfig, as_rows, draw, encoded, load_policy, plain_prompt
 from palate.recipes.verbs import ReadConfig, Say, check_model_options, stderr
 
 
@@ -65,9 +65,9 @@ def run(config: CompareConfig, *, verb: str = "compare", argv=(), say=stderr, pa
     judge = open_judge(config.judge, device=config.device, seed=config.seed)
     if config.judge == "rule":
         check_prompts(judge, distinct)
-    made = dict(files)
+    made, drift = dict(files), Drift(*config.contestants[:2])
     for name in models:
-        made[name] = completed(config, name, distinct, say)
+        made[name] = completed(config, name, distinct, say, drift)
     made = {name: made[name] for name in dict.fromkeys(config.contestants)}
     distinct = [record for record in distinct if all(record.prompt in table for table in made.values())]
     if not distinct:
@@ -84,6 +84,7 @@ def run(config: CompareConfig, *, verb: str = "compare", argv=(), say=stderr, pa
     facts: dict[str, Any] = {
         "length": means(distinct, before, after, "tokens"),
         "reward": means(distinct, before, after, "score"),
+        "kl": drift.kl if config.temperature == 1 else None,
     }
     several = {"matches": [asdict(one) for one in matches]} if len(matches) > 1 else {}
     if config.out is not None:
@@ -151,8 +152,11 @@ def read_completions(name: str) -> dict[Any, list[dict[str, Any]]]:
             if not isinstance(finished, bool):
                 raise RowError("E203", f"{kind(finished)} where true or false belongs", "mend the row", "finished")
             tokens = row.value.get("tokens")
-            one = {"completion": string(reply, "completion"), "finished": finished}
-            one["tokens"] = tokens if isinstance(tokens, int) else None
+            one = {
+                "completion": string(reply, "completion"),
+                "finished": finished,
+                "tokens": tokens if isinstance(tokens, int) else None,
+            }
             made.setdefault(side(row.value["prompt"], "prompt"), []).append(one)
         except RowError as problem:
             raise problem.at(f"{path}:{row.line}") from None
@@ -184,7 +188,34 @@ def check_prompts(judge, records: Sequence) -> None:
             raise
 
 
-def completed(config: CompareConfig, name: str, records: Sequence, say: Say) -> dict[Any, list[dict[str, Any]]]:
+class Drift:
+    """How far the first contestant's completions are from the second: the mean of log pi_a - log pi_b over them.
+
+    kl: nats a completion, the sampled KL of `a` from `b`; None unless both are models with one tokenizer.
+    """
+
+    def __init__(self, a: str, b: str):
+        self.a, self.b, self.kl, self._seen = a, b, 0.0 if a == b else None, None
+
+    def see(self, name: str, loaded, kept: Sequence[tuple], made: Sequence) -> None:
+        """Takes a's samples, and scores them when b is there."""
+        from palate.data.tokens import TokenGroup
+        from palate.model.load import same_tokenizer
+        from palate.reference import annotate
+
+        if name == self.a:
+            groups = [TokenGroup(kept[s.prompt][1], (s.ids,), (((0, len(s.ids)),),)) for s in made]
+            self._seen = loaded.tokenizer, groups, [s.logp for s in made]
+        elif name == self.b and self._seen is not None:
+            tokenizer, groups, logps = self._seen
+            if groups and same_tokenizer(tokenizer, loaded.tokenizer):
+                others = [group.reference[0] for group in annotate(groups, loaded.model)]
+                self.kl = sum(own - other for own, other in zip(logps, others, strict=True)) / len(logps)
+
+
+def completed(
+    config: CompareConfig, name: str, records: Sequence, say: Say, drift: Drift
+) -> dict[Any, list[dict[str, Any]]]:
     """Prompt -> what the model of this name makes of it; every model gets the same seed."""
     loaded = load_policy(config, name)
     for note in loaded.notes:
@@ -193,7 +224,9 @@ def completed(config: CompareConfig, name: str, records: Sequence, say: Say) -> 
     if refused:
         say(f"{name}: {len(refused)} prompts cannot be completed and are left out for all")
     say(f"{name}: completing {len(kept)} prompts")
-    rows = complete(loaded, kept, config)
+    drawn = draw(loaded, kept, config)
+    drift.see(name, loaded, kept, drawn)
+    rows = as_rows(loaded, kept, drawn)
     made: dict[Any, list[dict[str, Any]]] = {}
     for place, row in enumerate(rows):
         made.setdefault(kept[place // config.samples][0].prompt, []).append(row)
