@@ -60,6 +60,7 @@ VERBS = {
         ("contestants",),
     ),
     "chat": Verb("Talk to a model, beside the one it was made from.", "palate.recipes.chat:ChatConfig", ("run",)),
+    "report": Verb("One HTML page of one or several runs.", "palate.recipes.report:ReportConfig", ("runs",)),
     "runs": Verb("List runs; show RUN; diff A B.", "palate.recipes.runs:RunsConfig", ("action", "run", "other")),
 }
 

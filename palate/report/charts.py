@@ -14,7 +14,7 @@ Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 360, 236  # points, which the page scales
 MOST_POINTS = 400
-_INKS = ("ink", "rule", *(f"s{n}" for n in range(1, 7)))  # variables of style.css
+_INKS = ("ink", "soft", "rule", *(f"s{n}" for n in range(1, 7)))  # variables of style.css
 _STAND_IN = {name: f"#0000{number + 16:02x}" for number, name in enumerate(_INKS)}
 
 
@@ -65,7 +65,7 @@ def draw(chart: Chart) -> str:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    ink, rule = _STAND_IN["ink"], _STAND_IN["rule"]
+    ink, soft, rule = (_STAND_IN[name] for name in ("ink", "soft", "rule"))
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.name, "font.size": 11, "path.simplify": False}):
         figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), layout="constrained")
         FigureCanvasSVG(figure)
@@ -79,14 +79,14 @@ def draw(chart: Chart) -> str:
         if chart.share:
             axes.set_ylim(-0.02, 1.02)
             axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
         if not chart.share:
-            axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.set_xlabel(chart.x, color=ink, labelpad=5)
-        axes.set_title(chart.y, color=ink, loc="left", fontsize=11, pad=8)  # read without turning one's head
+            axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        axes.set_xlabel(chart.x, color=soft, labelpad=5)
+        axes.set_title(chart.y, color=soft, loc="left", fontsize=11, pad=8)  # read without turning one's head
         axes.grid(axis="y", color=rule, linewidth=0.8)
         axes.set_axisbelow(True)
-        axes.tick_params(colors=ink, length=0, pad=6)
+        axes.tick_params(colors=soft, length=0, pad=6)
         for side, spine in axes.spines.items():
             spine.set_visible(side == "bottom")
             spine.set_color(rule)

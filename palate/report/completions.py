@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from palate.report import words
 from palate.report.reading import Comparison, Example, Prompt, Reading, Sample
 
 MOST_DROPS = 3
@@ -63,7 +64,7 @@ def _by_score(found: Comparison, scored: Sequence[Example]) -> Scored:
     return Scored(
         judge=found.judge,
         picks=[_shown(why, e) for why, e in picks.items()],
-        drops=[_shown("Got worse", e) for e in drops],
+        drops=[_shown(f"Fell by {words.number(-gain(e), '.2f')}", e) for e in drops],
         better=sum(gain(e) > 0 for e in scored),
         worse=len(falls),
         count=len(scored),

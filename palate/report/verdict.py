@@ -63,11 +63,10 @@ def comparison_sentence(found: Comparison) -> str:
     """The comparison in plain words."""
     if not found.n:
         return f"{found.a} and {found.b} were not compared: there is no prompt, so nothing is shown."
-    ties = f", {words.percent(found.ties / found.n)} ties counted half" if found.ties else ""
+    ties = f"; ties, {words.percent(found.ties / found.n)}, count half" if found.ties else ""
     rate = f"{words.percent(found.win_rate)} {words.interval(found.low, found.high)}".strip()
-    return (
-        f"{found.a} wins {rate} of {words.plural(found.n, 'comparison')} with {found.b}{ties}, judged by {found.judge}."
-    )
+    of = words.plural(found.n, "comparison")
+    return f"Judged by {found.judge}, {found.a} wins {rate} of {of} with {found.b}{ties}."
 
 
 def banner(run: Reading) -> str:
@@ -100,14 +99,14 @@ def tiles(run: Reading) -> list[Tile]:
     if "eval/rewards/margins" in after:
         margin = words.number(after["eval/rewards/margins"], ".3f")
         made.append(Tile("Held-out margin", margin, "chosen minus rejected reward"))
-    if "eval/loss" in after:
+    elif "eval/loss" in after:
         began = f"from {words.number(before['eval/loss'])}" if "eval/loss" in before else ""
         made.append(Tile("Held-out loss", words.number(after["eval/loss"]), began))
     if found is not None and found.kl is not None:
         made.append(Tile("KL from the start", words.number(found.kl, ".2f"), "nats a completion"))
-    if found is not None and found.length and found.length.after is not None:
-        was = f", {words.number(found.length.before, '.1f')} before" if found.length.before is not None else ""
-        made.append(Tile("Length", words.number(found.length.after, ".1f"), f"tokens{was}"))
+    if found is not None and found.length is not None:
+        was = words.number(found.length.before, ".1f")
+        made.append(Tile("Length", words.number(found.length.after, ".1f"), f"tokens, {was} before"))
     if run.seconds:
         made.append(Tile("Time in steps", words.duration(run.seconds), words.plural(run.last_step, "step")))
     return made
