@@ -195,7 +195,9 @@ class Drift:
     """
 
     def __init__(self, a: str, b: str):
-        self.a, self.b, self.kl, self._seen = a, b, 0.0 if a == b else None, None
+        self.a, self.b = a, b
+        self.kl: float | None = 0.0 if a == b else None
+        self._seen: tuple | None = None
 
     def see(self, name: str, loaded, kept: Sequence[tuple], made: Sequence) -> None:
         """Takes a's samples, and scores them when b is there."""

@@ -105,24 +105,34 @@ def encoded(loaded, records, bad_rows: str = "stop") -> tuple[list[tuple], list[
 
 def complete(loaded, kept: Sequence[tuple], config) -> list[dict[str, Any]]:
     """`prompt completion sample logp tokens finished` of every sample of the prompts that `encoded` kept."""
-    from palate.data.tokens import end_tokens
-    from palate.sampling.generate import generate, text_of
+    return as_rows(loaded, kept, draw(loaded, kept, config))
 
-    prompts = [ids for _, ids in kept]
-    made = generate(
+
+def draw(loaded, kept: Sequence[tuple], config) -> list:
+    """The samples of the prompts that `encoded` kept, in their order."""
+    from palate.data.tokens import end_tokens
+    from palate.sampling.generate import generate
+
+    return generate(
         loaded.model,
         loaded.tokenizer,
-        prompts,
+        [ids for _, ids in kept],
         max_tokens=config.max_tokens,
         temperature=config.temperature,
         samples=config.samples,
         seed=config.seed,
         end_ids=end_tokens(loaded.tokenizer),
     )
+
+
+def as_rows(loaded, kept: Sequence[tuple], made: Sequence) -> list[dict[str, Any]]:
+    """What is written of each sample."""
+    from palate.sampling.generate import text_of
+
     return [
         {
             "prompt": plain_prompt(kept[sample.prompt][0].prompt),
-            "completion": text_of(sample, prompts[sample.prompt], loaded.tokenizer),
+            "completion": text_of(sample, kept[sample.prompt][1], loaded.tokenizer),
             "sample": sample.sample,
             "logp": sample.logp,
             "tokens": len(sample.ids),

@@ -153,6 +153,31 @@ def test_a_model_is_its_own_file(palate, tiny, other, tmp_path):
     assert found["length"]["after"] == pytest.approx(sum(row["tokens"] for row in made) / 12)
 
 
+def test_the_kl_of_two_models_is_that_of_their_samples(palate, tiny, other, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from palate.data.tokens import encode_prompt, end_tokens
+    from palate.model.load import load
+    from palate.sampling.generate import generate
+
+    data = write_rows(tmp_path / "p.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+    found = palate.ok("compare", tiny, other, data=data, judge="random", max_tokens=8, seed=3, device="cpu")
+    loaded, second = load(tiny), AutoModelForCausalLM.from_pretrained(other).eval()
+    prompts = [encode_prompt(prompt, loaded.tokenizer) for prompt in PROMPTS]
+    gaps = []
+    for sample in generate(loaded.model, loaded.tokenizer, prompts, max_tokens=8, seed=3, end_ids=end_tokens(loaded.tokenizer)):  # fmt: skip  # noqa: E501
+        start, ids = len(prompts[sample.prompt]), torch.tensor([[*prompts[sample.prompt], *sample.ids]])
+        with torch.no_grad():
+            logps = second(ids).logits[0].double().log_softmax(-1)
+        gaps.append(sample.logp - sum(float(logps[start + n - 1, token]) for n, token in enumerate(sample.ids)))
+    assert found["kl"] == pytest.approx(sum(gaps) / len(gaps), abs=1e-4)
+    assert found["kl"] != 0
+    warm = {"data": data, "judge": "random", "max_tokens": 8, "device": "cpu"}
+    assert palate.ok("compare", tiny, other, temperature=0.5, **warm)["kl"] is None
+    assert palate.ok("compare", tiny, tiny, **warm)["kl"] == 0
+
+
 def test_conversations(palate, chatty, tmp_path):
     data = write_rows(tmp_path / "p.jsonl", chats(4))
     palate.ok("generate", model=chatty, data=data, out="t.jsonl", max_tokens=6, device="cpu")
