@@ -81,7 +81,7 @@ class Run:
             "argv": scrub(list(argv)),
             "seed": config.get("seed"),
             "parents": list(parents),
-            "hardware": hardware or _hardware(),
+            "hardware": hardware or machine(),
             "versions": _versions(),
             "times": {"started": _now()},
         }
@@ -395,7 +395,7 @@ def _versions() -> dict[str, str | None]:
     return versions
 
 
-def _hardware() -> str:
+def machine() -> str:
     """The machine in a few words; torch is asked only where it is loaded already."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
