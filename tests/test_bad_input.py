@@ -9,7 +9,8 @@ D22, no token left: needs a tokenizer that drops text, see data/test_tokens.py;
 D33, fewer rows than a batch: no error, every step then sees all rows and the plan says so;
 C12, a newer format: configs bear no version; checkpoints do, see M11;
 C15, a folder that may not be written: root may write everywhere, so the refusal is played by the system call;
-J and W: there is no judge and no page.
+J, a judge that says nothing usable: see sampling/test_judge.py and recipes/test_compare.py;
+W: there is no page that takes input.
 D20, D21 and D24 are counted and kept, not refused: see data/test_tokens.py and recipes/test_training.py.
 """
 
