@@ -48,6 +48,7 @@ def options_page() -> str:
             f"## palate {name}",
             "",
             verb.help,
+            *(["", f"Beside every option of {', '.join(verb.of)}, whichever is named:"] if verb.of else []),
             "",
             "| option | takes | default | meaning |",
             "|---|---|---|---|",

@@ -29,29 +29,39 @@ class Verb:
 
     config: `module:Type` with the options; the module's `run(config, *, verb, say, panel, argv) -> dict` does the work.
     operands: options that may be given without their flag, in this order; one that is a list takes all that are left.
+    of: verbs, one of which is the next word; the module's `SWEEPS` has the options for each.
     """
 
     help: str
     config: str
     operands: tuple[str, ...] = ()
+    of: tuple[str, ...] = ()
 
     @property
     def exists(self) -> bool:
         return importlib.util.find_spec(self.config.partition(":")[0]) is not None
 
-    def load(self) -> tuple[type, Callable[..., dict]]:
+    def load(self, inner: str | None = None) -> tuple[type, Callable[..., dict]]:
         name, _, type_name = self.config.partition(":")
         module = importlib.import_module(name)
-        return getattr(module, type_name), module.run
+        return module.SWEEPS[inner] if inner else getattr(module, type_name), module.run
 
 
 VERBS = {
+    "demo": Verb(
+        "The main job on a small built-in model, in minutes: train, compare, report.", "palate.recipes.demo:DemoConfig"
+    ),
     "doctor": Verb("Check preference data, and say what to do.", "palate.recipes.doctor:DoctorConfig", ("data",)),
     "sft": Verb("Train on demonstrations: completions, conversations or text.", "palate.recipes.sft:SftConfig"),
     "dpo": Verb(
         "Train on preference pairs; --loss names one of the DPO family.", "palate.recipes.preference:PreferenceConfig"
     ),
     "kto": Verb("Train on single completions, liked or not.", "palate.recipes.preference:FeedbackConfig"),
+    "sweep": Verb(
+        "One of dpo, kto, sft over a grid of options: best cell, table, plot.",
+        "palate.recipes.sweep:SweepConfig",
+        of=("dpo", "kto", "sft"),
+    ),
     "score": Verb("Log-probs, implicit rewards and margins of pairs.", "palate.recipes.score:ScoreConfig"),
     "generate": Verb("Completions of the prompts of a file.", "palate.recipes.generate:GenerateConfig"),
     "compare": Verb(
@@ -185,12 +195,21 @@ def _command(argv: list[str], environ: Mapping[str, str]) -> tuple[dict, bool]:
 
     from palate.config import fill, leaves, locate
 
-    verb = there[name]
-    config_type, run = verb.load()
+    verb, words = there[name], argv[1:]
+    if verb.of:
+        app = App(name=f"palate {name}", help=verb.help, help_format="plaintext", result_action="return_value")
+        if not words or words[0] in ("--help", "-h"):
+            for inner in verb.of:
+                app.command(_placeholder(), name=inner, help=there[inner].help)
+            _parse(app, words, [])
+            return {}, False
+        words = [_inner(name, verb, words[0]), *words[1:]]
+    config_type, run = verb.load(words[0] if verb.of else None)
     known = leaves(config_type)
     given = {}
-    app.command(_taker(given, known, verb.operands, "json" not in known), name=name, help=verb.help)
-    _parse(app, [name, *_open_flags(argv[1:], known)], known)
+    called, words = (words[0], words[1:]) if verb.of else (name, words)
+    app.command(_taker(given, known, verb.operands, "json" not in known), name=called, help=verb.help)
+    _parse(app, [called, *_open_flags(words, known)], known)
     if not given:
         return {}, False  # --help was answered
     flags = given["flags"]
@@ -199,12 +218,27 @@ def _command(argv: list[str], environ: Mapping[str, str]) -> tuple[dict, bool]:
     if "json" in known:
         as_json = bool(config.json)
     try:
-        result = run(config, verb=name, say=say, panel=_panel, argv=["palate", *argv])
+        result = run(
+            config, verb=f"{name} {called}" if verb.of else name, say=say, panel=_panel, argv=["palate", *argv]
+        )
     except PalateError as error:
         raise locate(error, origins) from error.__cause__
     result = dict(result or {})
     result.setdefault("out", getattr(config, "out", None))
     return result, as_json
+
+
+def _inner(name: str, verb: Verb, word: str) -> str:
+    """The verb that `palate NAME WORD` runs. Raises UsageError (E301) for another word."""
+    from palate.config import nearest
+
+    if word.startswith("-"):
+        raise UsageError("no such option", where=word[:80], code="E301", next=f"see palate {name} --help")
+    if word not in verb.of:
+        near = nearest(word, verb.of)
+        hint = f"did you mean palate {name} {near}" if near else f"use one of {', '.join(verb.of)}"
+        raise UsageError(f'palate {name} does not run "{word[:80]}"', code="E301", next=hint)
+    return word
 
 
 def _panel(total_steps: int, stream=None):
@@ -229,10 +263,10 @@ def _parse(app, argv: list[str], known) -> None:
         shown = {"--" + path.replace("_", "-"): path for path in known} | {"--config": "config", "--json": "json"}
         near = nearest(word.removeprefix("--"), [flag.removeprefix("--") for flag in shown])
         verb = argv[0] if known else ""
-        hint = f"did you mean --{near}" if near else f"see palate {verb} --help".replace("  ", " ")
+        hint = f"did you mean --{near}" if near else f"see {app.name[0]} {verb} --help".replace("  ", " ")
         raise UsageError("no such option", where=word, code="E301", next=hint) from None
     except CycloptsError as error:
-        raise UsageError(str(error).rstrip("."), code="E300", next=f"see palate {argv[0]} --help") from None
+        raise UsageError(str(error).rstrip("."), code="E300", next=f"see {app.name[0]} {argv[0]} --help") from None
 
 
 def _placeholder() -> Callable:
@@ -281,7 +315,7 @@ def _taker(given: dict, known, operands: tuple[str, ...], own_json: bool) -> Cal
         given["config"] = values.pop("config__", None)
         for name, value in values.items():
             if isinstance(value, dict):
-                flags |= {f"{paths[name]}.{key}": text for key, text in value.items()}
+                flags |= {f"{paths[name]}.{key.replace(_DOT, '.')}": text for key, text in value.items()}
             elif value is not None:
                 flags[paths[name]] = value
         given["flags"] = flags
@@ -300,9 +334,15 @@ def default_text(field) -> str:
     return str(default)
 
 
+_DOT = "\ue000"  # a dot inside a name, which cyclopts would take for a table of its own
+
+
 def _open_flags(argv: list[str], known) -> list[str]:
-    """`--columns chosen=good,rejected=bad` as `--columns.chosen good --columns.rejected bad`, which cyclopts reads."""
-    open_flags = {leaf.flag for leaf in known.values() if leaf.open}
+    """`--columns chosen=good,rejected=bad` as `--columns.chosen good --columns.rejected bad`, which cyclopts reads.
+
+    Where every name takes a list, as in `--grid beta=0.1,0.3`, a flag gives one name, and a name stands once.
+    """
+    open_flags = {leaf.flag: leaf.many for leaf in known.values() if leaf.open}
     out, at = [], 0
     while at < len(argv):
         word, equals, value = argv[at].partition("=")
@@ -312,11 +352,14 @@ def _open_flags(argv: list[str], known) -> list[str]:
             continue
         if not equals:
             value, at = (argv[at], at + 1) if at < len(argv) else ("", at)
-        for part in value.split(","):
+        for part in [value] if open_flags[word] else value.split(","):
             key, equals, text = part.partition("=")
             if not key.strip() or not equals:
                 raise UsageError(
                     f'"{part[:80]}" is no NAME=VALUE', where=word, code="E303", next=f"write {word} name=value"
                 )
-            out += [f"{word}.{key.strip()}={text.strip()}"]
+            flag = f"{word}.{key.strip().replace('.', _DOT)}="
+            if open_flags[word] and any(other.startswith(flag) for other in out):
+                raise UsageError(f'"{key.strip()[:80]}" is given twice', where=word, code="E302", next="keep one")
+            out.append(flag + text.strip())
     return out

@@ -231,6 +231,11 @@ class Leaf:
         return "inf" in (self.field.description or "").split()
 
     @property
+    def many(self) -> bool:
+        """Whether each name below it takes a list."""
+        return self.open and list in _wants(_item(self.field.annotation))
+
+    @property
     def flag(self) -> str:
         return "--" + self.path.replace("_", "-")
 
@@ -460,7 +465,7 @@ def _value(node: Node, annotation, path: str, origin: Origin, environ, inf: bool
 def _put_text(path: str, text: str, known, origin: Origin, put):
     leaf, annotation = _leaf_of(path, known, origin.where)
     if leaf.open and path == leaf.path:  # columns "chosen=good,rejected=bad"
-        for part in filter(None, text.split(",")):
+        for part in [text] if leaf.many else filter(None, text.split(",")):
             key, equals, value = part.partition("=")
             if not equals or not key.strip():
                 example = f"{leaf.path.replace('_', '-')} name=value,other=value"

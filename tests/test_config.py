@@ -289,7 +289,9 @@ def test_no_text_is_answered_with_anything_but_a_config_or_a_usage_error(tmp_pat
 def _recipe_types():
     from palate.cli import VERBS
 
-    return {name: verb.load()[0] for name, verb in VERBS.items() if verb.exists}
+    there = {name: verb for name, verb in VERBS.items() if verb.exists}
+    inner = {f"{name} {word}": verb.load(word)[0] for name, verb in there.items() for word in verb.of}
+    return {name: verb.load()[0] for name, verb in there.items()} | inner
 
 
 def test_every_option_of_every_verb_says_what_it_means():
@@ -301,7 +303,9 @@ def test_every_option_of_every_verb_says_what_it_means():
 
 def test_every_verb_reads_back_its_own_defaults(tmp_path):
     for verb, config_type in _recipe_types().items():
-        needed = {path: "x" for path, leaf in leaves(config_type).items() if leaf.field.is_required()}
+        known = leaves(config_type).items()
+        needed = {path: "lr=1e-5,0.1" if leaf.open else "x" for path, leaf in known if leaf.field.is_required()}
+        needed |= {path: "x,y" for path, leaf in known if list in leaf.wants}
         config, _ = fill(config_type, needed)
         (tmp_path / f"{verb}.yaml").write_text(to_yaml(config))
         assert fill(config_type, {}, tmp_path / f"{verb}.yaml")[0] == config

@@ -44,6 +44,7 @@ def dry_run(config, prepared, say: Say) -> dict[str, Any]:
         "plan": lines,
         "steps": prepared.steps,
         "rows": rows.counts,
+        "held": len(rows.held),
         "lr": prepared.rate,
         "reference_scored": 0,
         "reference_reused": 0,

@@ -57,14 +57,8 @@ def run(
     from palate.data.tokens import without_signal
     from palate.train.objectives import objective
 
-    options = loss_options(config)
+    options = check_loss(config, verb)
     kind = losses.info(config.loss).kind
-    if (kind == "feedback") != (verb == "kto"):
-        other = "kto" if kind == "feedback" else "dpo"
-        raise UsageError(
-            f'loss "{config.loss}" is not one of palate {verb}', where="loss", code="E308", next=f"use palate {other}"
-        )
-
     out, ended = open_folder(config, verb, say)
     if ended is not None:
         return ended
@@ -103,6 +97,20 @@ def run(
         retention=watched,
         stop=stop,
     )
+
+
+def check_loss(config: PreferenceConfig, verb: str) -> dict[str, Any]:
+    """Every option of the loss. Raises UsageError where it is none of this verb's, or does not take what is given."""
+    from palate import losses
+
+    options = loss_options(config)
+    kind = losses.info(config.loss).kind
+    if (kind == "feedback") != (verb == "kto"):
+        other = "kto" if kind == "feedback" else "dpo"
+        raise UsageError(
+            f'loss "{config.loss}" is not one of palate {verb}', where="loss", code="E308", next=f"use palate {other}"
+        )
+    return options
 
 
 def loss_options(config: PreferenceConfig) -> dict[str, Any]:

@@ -79,7 +79,9 @@ class TrainingConfig(InputConfig):
                 next="drop it, or give --lora-rank",
             )
         if self.train.optimizer == "rmsprop":
-            for name in {"beta1", "beta2"} & self.train.model_fields_set:
+            for name in ("beta1", "beta2"):
+                if getattr(self.train, name) == TrainConfig.model_fields[name].default:
+                    continue  # as a run's own config.yaml says it
                 what = "has no effect with rmsprop"
                 raise UsageError(what, where=f"train.{name}", code="E316", next="drop it, or use adamw")
         for name in ("eval_every", "require_better"):
@@ -184,7 +186,7 @@ def open_folder(config: TrainingConfig, verb: str, say: Say) -> tuple[Path, dict
     if config.out is None:
         if config.resume:
             raise UsageError("--resume needs --out", code="E313", next="name the run folder to go on with")
-        return next_folder(Path("runs"), verb), None
+        return next_folder(Path("runs"), verb.replace(" ", "-")), None
     out = Path(config.out)
     if not config.dry_run:
         check_out(out, resume=config.resume)

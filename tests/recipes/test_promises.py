@@ -128,6 +128,12 @@ def test_options_without_effect_are_refused(palate, tiny, tmp_path):
     assert not Path("r").exists()
 
 
+def test_a_config_with_rmsprop_runs_again(palate, tiny, tmp_path):
+    data = write_rows(tmp_path / "d.jsonl", pairs(40))
+    palate.ok("dpo", model=tiny, data=data, out="r", train__optimizer="rmsprop", **SMALL)
+    palate.ok("dpo", config="r/config.yaml", out="again")
+
+
 def test_dropout_never_reaches_a_stored_score():
     """A model in training mode is probed and scored with dropout off, and keeps its mode."""
     import numpy as np
