@@ -123,10 +123,11 @@ def _add(axes, curve: Curve) -> None:
 def _inline(svg: str, chart: Chart) -> str:
     """The drawing as part of a page: no prolog, no metadata, names of its own, the page's colours and font."""
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.S)
+    svg = re.sub(r"<metadata>.*?</metadata>\s*|<style[^>]*>.*?</style>\s*", "", svg, flags=re.S)
     svg = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")
     svg = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{chart.name}-", svg)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
+    svg = re.sub(r"\s*font-family: [^;\"]*;", "", svg)
     for name, stand_in in _STAND_IN.items():
         svg = svg.replace(stand_in, f"var(--{name})")
     return re.sub(r"<svg[^>]*>", _opening(chart), svg, count=1).strip()

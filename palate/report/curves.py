@@ -10,13 +10,14 @@ ACCURACY = "rewards/accuracies"
 
 def progress_charts(run: Reading) -> list[Chart]:
     """Loss, margin, accuracy, and KL where the run measured it."""
+    good, bad = run.sides
     charts = [
         Chart("loss", "Loss", f"loss, {_unit(run)}", _curves(run, "loss")),
-        Chart("margin", "Margin", "chosen minus rejected reward", _curves(run, "rewards/margins"), level=0),
+        Chart("margin", "Margin", f"{good} minus {bad} reward", _curves(run, "rewards/margins"), level=0),
         Chart("accuracy", "Accuracy", "share ordered rightly", _accuracy(run), share=True, level=0.5),
     ]
     if any(value for _, value in series(run.steps, "kl")):
-        charts.append(Chart("kl", "KL", "nats a completion, estimated", _curves(run, "kl")))
+        charts.append(Chart("kl", "KL, as the loss estimates it", "nats a completion", _curves(run, "kl")))
     return [chart for chart in charts if chart.curves]
 
 

@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -216,17 +217,17 @@ class Reading:
         """What the two kinds of completions are called where the run's data came from."""
         return ("wanted", "unwanted") if self.record.verb == "kto" else ("chosen", "rejected")
 
-    @property
+    @cached_property
     def before(self) -> dict[str, float]:
         """The first evaluation of every `eval/...` key, where it is a finite number; empty without any."""
         return _numbers({key: line[key] for line in reversed(self.evals) for key in line})
 
-    @property
+    @cached_property
     def after(self) -> dict[str, float]:
-        """The last evaluation of every `eval/...` key, where it is a finite number; empty without any."""
-        return _numbers({key: line[key] for line in self.evals for key in line})
+        """The last evaluation of every `eval/...` key after a step, where it is a finite number; empty without any."""
+        return _numbers({key: line[key] for line in self.evals if line["step"] for key in line})
 
-    @property
+    @cached_property
     def seconds(self) -> float | None:
         """Spent in optimizer steps; None where none was logged."""
         found = series(self.steps, "seconds")
@@ -238,7 +239,7 @@ class Reading:
         given = self.config.get("steps")
         return self.record.plan.steps or (given if isinstance(given, int) and given > 0 else None)
 
-    @property
+    @cached_property
     def last_step(self) -> int:
         """The last step that was logged; 0 before the first."""
         return max((line["step"] for line in (*self.steps, *self.evals)), default=0)
@@ -279,6 +280,8 @@ def series(lines: Sequence[Line], key: str) -> list[tuple[int, float]]:
 
 def finite(value: Any) -> float | None:
     """The value where it is a finite number, else None."""
+    if type(value) is float:  # as nearly all are, of very many
+        return value if math.isfinite(value) else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     with contextlib.suppress(OverflowError):

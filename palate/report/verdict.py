@@ -98,7 +98,7 @@ def tiles(run: Reading) -> list[Tile]:
         made.append(Tile("Held-out accuracy", words.percent(after[key]), spread))
     if "eval/rewards/margins" in after:
         margin = words.number(after["eval/rewards/margins"], ".3f")
-        made.append(Tile("Held-out margin", margin, "chosen minus rejected reward"))
+        made.append(Tile("Held-out margin", margin, "{} minus {} reward".format(*run.sides)))
     elif "eval/loss" in after:
         began = f"from {words.number(before['eval/loss'])}" if "eval/loss" in before else ""
         made.append(Tile("Held-out loss", words.number(after["eval/loss"]), began))
