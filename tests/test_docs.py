@@ -33,8 +33,10 @@ def clone(tmp_path, monkeypatch):
 def test_the_readme_from_its_command_to_its_library_lines(clone, capsys):
     commands = [line for block in blocks("README.md", "") for line in block.splitlines() if "palate dpo" in line]
     argv = shlex.split(commands[0])[1:]
-    argv[argv.index("--steps") + 1] = "3"
-    assert main([*argv, "--json", "--save-every", "3", "--eval-every", "3"], {}) == 0
+    for option, fewer in (("--data", "builtin:reviews[:100]"), ("--eval", "builtin:reviews/heldout[:20]")):
+        argv[argv.index(option) + 1] = fewer
+    quick = ["--steps", "3", "--save-every", "3", "--eval-every", "3", "--retain-samples", "2"]
+    assert main([*argv, "--json", *quick], {}) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (result["verb"], result["status"], result["out"]) == ("dpo", "done", "runs/first")
     assert result["reference_scored"] > 0

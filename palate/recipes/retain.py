@@ -133,7 +133,7 @@ def read_retained(config, say: Say):
     if config.retain != "auto":
         return read_demonstrations(config.retain)
     if from_builtin(config.model):
-        return read_demonstrations("builtin:demonstrations")
+        return read_demonstrations("builtin:demonstrations[2800:]")  # on the others builtin:tiny was trained
     say("retention: no demonstrations to watch; --retain FILE names some that the model must not forget")
     return None
 

@@ -15,7 +15,8 @@ from palate.files import machine_errors, read_json
 from palate.run import flat_keys, read_lines, status_of
 
 _RESTORE = "put a copy of the file back, or move it out of the folder"
-_MOST_CONFIG = 1 << 20  # bytes of config.yaml
+_MOST_CONFIG = 1 << 18  # characters of config.yaml
+_DEEPEST_CONFIG = 32
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -269,7 +270,8 @@ def read_run(path: Path) -> Reading:
             _checked(Sample, f"{path / 'samples.jsonl'}:{number}", row)
             for number, row in enumerate(_lines(path / "samples.jsonl"), 1)
         ),
-        comparison=_optional(Comparison, path / "comparison.json"),
+        comparison=_optional(Comparison, path / "comparison.json")
+        or _optional(Comparison, path / "compare" / "comparison.json"),
     )
 
 
@@ -333,14 +335,24 @@ def _config(path: Path) -> dict[str, Any]:
         return {}
     try:
         text = path.read_bytes().decode("utf-8", "surrogatepass")
-        if len(text) > _MOST_CONFIG or any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise _damaged(str(path), "is no config that palate wrote")
-        content = yaml.safe_load(text)
+        content = yaml.safe_load(text) if _plain_yaml(text) else None
     except (ValueError, yaml.YAMLError):
         content = None
     if not isinstance(content, dict):
-        raise _damaged(str(path), "cannot be read: no keys with values")
-    return {str(key): value for key, value in flat_keys({str(k): v for k, v in content.items()}).items()}
+        raise _damaged(str(path), "is no config: no plain keys with values")
+    return {str(key): value for key, value in flat_keys(content).items()}
+
+
+def _plain_yaml(text: str) -> bool:
+    """Whether the text has nothing that a config never has: aliases, which can multiply, great depth, great length."""
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text[:_MOST_CONFIG]):  # stopped early: PyYAML slows down with depth
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST_CONFIG or isinstance(event, yaml.AliasEvent):
+            return False
+    return len(text) <= _MOST_CONFIG
 
 
 @contextlib.contextmanager
