@@ -67,8 +67,8 @@ def show(rows) -> str:
         "",
         "`palate demo`: `builtin:tiny` trained on `builtin:reviews`, compared with its start on the 300 prompts of",
         "`builtin:reviews/heldout` (same seed of sampling, temperature 1) by the world's own rule. Ties count half;",
-        "Wilson's 95 % interval. KL: of the result from the start, nats a completion, sampled. Reward: the rule's mean,",
-        "from -17 to 3.",
+        "Wilson's 95 % interval. KL: of the result from the start, nats a completion, sampled. Reward: the rule's",
+        "mean, from -17 to 3.",
         "*swapped*: the same with chosen and rejected exchanged, which must come out worse.",
         "",
         "| run | seed | steps | win rate | ties | verdict | KL | reward before | after | tokens before | after | "

