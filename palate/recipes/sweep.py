@@ -9,14 +9,12 @@ the whole may cost.
 
 import gc
 import itertools
-import math
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from palate.errors import (
     DataError,
@@ -29,27 +27,12 @@ from palate.errors import (
     UsageError,
 )
 from palate.recipes import preference, sft
+from palate.recipes.grid import cells_of, nearest, where_of
+from palate.recipes.standings import HIGHER, LOWER, Cell, as_text, draw, in_order, ranking, table_lines
 from palate.recipes.training import MAY_CHANGE, Paused, TrainingConfig, open_folder, resolved
-from palate.recipes.verbs import Say, number, stderr
+from palate.recipes.verbs import Say, stderr
 
 SHARE = 1 / 3  # of the full grid's steps that halving may cost
-HIGHER = ("eval/rewards/accuracies", "eval/rewards/margins", "eval/logps/accuracies", "eval/logps/chosen")
-LOWER = ("eval/loss", "eval/displaced", "eval/kl", "eval/retain/loss")
-MOST_CELLS = 1000
-# what a grid cannot vary: where and how a run is shown, and what its cells are compared on
-FIXED = {
-    "model",
-    "data",
-    "out",
-    "resume",
-    "dry_run",
-    "json",
-    "eval",
-    "eval_every",
-    "require_better",
-    "log_every",
-    "save_every",
-}
 # what cannot change how many rows and steps there are, so that one dry run counts for all
 SAME_ROWS = re.compile(r"(lr|beta|loss_options\..+|lora_rank|lora_alpha|train\..+)\Z")
 
@@ -82,7 +65,7 @@ class SweepConfig(BaseModel):
         known = [*HIGHER, *LOWER]
         if self.ranks_by not in known or ((self.metric or "").startswith("-") and self.ranks_by in HIGHER):
             raise UsageError(
-                f'"{self.metric}" ranks no cells', where="metric", code="E307", next=_nearest(self.ranks_by, known)
+                f'"{self.metric}" ranks no cells', where="metric", code="E307", next=nearest(self.ranks_by, known)
             )
         if getattr(self, "eval", None) == "none":
             raise UsageError("ranks cells by held-out rows", where="eval", code="E316", next="leave --eval out")
@@ -112,154 +95,6 @@ class SftSweep(SweepConfig, sft.SftConfig):
 
 SWEEPS = {"dpo": DpoSweep, "kto": KtoSweep, "sft": SftSweep}
 RUNS: dict[str, Callable] = {"dpo": preference.run, "kto": preference.run, "sft": sft.run}
-
-
-@dataclass
-class Cell:
-    """One point of the grid and what became of it. rungs: steps at which it is compared; the last is its end."""
-
-    name: str
-    options: dict[str, Any]
-    config: Any
-    rungs: list[int] = field(default_factory=list)
-    steps: int = 0
-    state: str = "waiting"  # then stopped (at a rung), done or failed
-    curve: list[tuple[int, float | None]] = field(default_factory=list)
-    line: dict[str, Any] = field(default_factory=dict)  # its last evaluation
-    facts: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
-
-    @property
-    def failure(self) -> str:
-        """Why it failed, in short."""
-        return "failed: " + str(self.facts.get("error")).partition(";")[0][:100]
-
-    def row(self, key: str) -> dict[str, Any]:
-        """Its entry of sweep.json."""
-        line = {} if self.state == "failed" else self.line
-        return {
-            "name": self.name,
-            "options": self.options,
-            "steps": self.steps,
-            "metric": line.get(key),
-            "low": line.get(f"{key}_low"),
-            "high": line.get(f"{key}_high"),
-            "margin": line.get("eval/rewards/margins"),
-            "loss": line.get("eval/loss"),
-            "seconds": round(self.seconds, 3),
-            "path": f"cells/{self.name}",
-            "state": self.state,
-            "curve": [list(point) for point in self.curve],
-            **self.facts,
-        }
-
-
-def cells_of(config: SweepConfig) -> list[Cell]:
-    """Every combination of the grid's values, in its order, each with the config of its run.
-
-    Raises UsageError: E301 for a key that the verb does not take, E302 for one value twice, E307 for a value that does
-    not fit, E308 where an option is given beside the grid or a combination cannot be, E317 for a grid without values.
-    """
-    if not config.grid:
-        raise UsageError("names no values to try", where="grid", code="E317", next="give --grid beta=0.05,0.1,0.3")
-    base = config.model_dump(include=set(config.inner.model_fields), exclude_unset=True)
-    keys = {key: _option(config, key) for key in config.grid}
-    if len(set(keys.values())) < len(keys):
-        raise UsageError("names one option twice", where="grid", code="E302", next="give each option once")
-    for key, values in config.grid.items():
-        if not values:
-            raise UsageError("has no values", where=f"grid.{key}", code="E317", next=f"write {key}=0.1,0.3")
-        if len({repr(value) for value in _values(config.inner, base, key, keys[key], values)}) < len(values):
-            raise UsageError("has one value twice", where=f"grid.{key}", code="E302", next="keep one")
-    if (count := math.prod(map(len, config.grid.values()))) > MOST_CELLS:
-        what = f"makes {count:,} cells; {MOST_CELLS:,} are allowed"
-        raise UsageError(what, where="grid", code="E307", next="give fewer values")
-    cells, names = [], set()
-    for values in itertools.product(*config.grid.values()):
-        options = dict(zip(keys.values(), values, strict=True))
-        name = _name(options, names)
-        names.add(name)
-        cells.append(Cell(name, options, _filled(config.inner, base, options, f"cell {name}", _where(config))))
-    return cells
-
-
-def _where(config: SweepConfig) -> str:
-    return ", ".join(f"grid.{key}" for key in config.grid)
-
-
-def _option(config: SweepConfig, key: str) -> str:
-    """The key of the inner config that a key of the grid names."""
-    path = key.replace("-", "_")
-    group, _, rest = path.partition(".")
-    fields = config.inner.model_fields
-    takes = [name for name in _paths(config.inner) if name.partition(".")[0] not in FIXED]
-    if group not in fields or group in FIXED or not (path in takes or (group == "loss_options" and rest)):
-        raise UsageError("no such option", where=f"grid.{key}", code="E301", next=_nearest(path, takes))
-    given, plain = getattr(config, group), fields[group].default
-    if rest and not isinstance(given, dict):
-        given, plain = getattr(given, rest), getattr(plain, rest)
-    if rest in given if isinstance(given, dict) else given != plain:
-        what = "is given beside the grid too"
-        raise UsageError(what, where=f"grid.{key}", code="E308", next="keep one of the two")
-    return path
-
-
-def _paths(kind: type[BaseModel]) -> list[str]:
-    """The options of a config type; those of its groups dotted."""
-    found = []
-    for name, info in kind.model_fields.items():
-        inside = isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
-        found += [f"{name}.{inner}" for inner in info.annotation.model_fields] if inside else [name]
-    return found
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    import difflib
-
-    found = difflib.get_close_matches(word, known, n=1) or [k for k in known if k.endswith(f".{word}")]
-    return f"did you mean {found[0]}" if found else f"use one of {', '.join(sorted(known))}"
-
-
-def _values(kind, base: dict, key: str, path: str, values: Sequence) -> list:
-    """The values as the config holds them, each tried alone."""
-    found = []
-    for value in values:
-        config = _filled(kind, base, {path: value}, None, f"grid.{key}")
-        for name in path.split("."):
-            config = config[name] if isinstance(config, dict) else getattr(config, name)
-        found.append(config)
-    return found
-
-
-def _filled(kind, base: dict, options: dict[str, Any], cell: str | None, where: str):
-    """The inner config with these options. cell: its name; without one they are tried alone, without what they need."""
-    tables = {key: dict(value) if isinstance(value, dict) else value for key, value in base.items()}
-    for path, value in options.items():
-        *groups, last = path.split(".", 1)
-        table = tables
-        for group in groups:
-            table = table.setdefault(group, {})
-        table[last] = value
-    try:
-        return kind.model_validate(tables)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[-1]  # of a choice or a number it is the number that was meant
-        own = first.get("ctx", {}).get("error")
-        if isinstance(own, PalateError):
-            if cell is None:  # what is missing may be in the grid
-                return kind.model_construct(**tables)
-            raise UsageError(f"{cell}: {own.what}", where=where, code=own.code, next=own.next) from None
-        shown = ", ".join(str(value) for value in options.values())
-        what = f"{shown}: {first['msg'][0].lower()}{first['msg'][1:]}"
-        raise UsageError(what, where=where, code="E307", next="give values that the option takes") from None
-
-
-def _name(options: dict[str, Any], taken: set[str]) -> str:
-    """A folder's name that says the options; numbered where another cell has it."""
-    shown = {path: f"{value:g}" if isinstance(value, float) else value for path, value in options.items()}
-    text = ",".join(f"{path.rpartition('.')[2]}={value}" for path, value in shown.items())
-    text = re.sub(r"[^A-Za-z0-9_.,=+-]+", "-", text)[:150].rstrip(".")
-    return next(name for n in itertools.count(1) if (name := text if n == 1 else f"{text}-{n}") not in taken)
 
 
 def rungs(steps: int, cells: int, eta: int) -> list[int]:
@@ -299,7 +134,7 @@ def run(config, *, verb: str = "sweep dpo", argv=(), say: Say = stderr, panel=No
     cells = cells_of(config)
     if inner != "sft":
         for cell in cells:
-            _check(cell, inner, _where(config))
+            _check(cell, inner, where_of(config))
     out, ended = open_folder(config, verb, say)
     if ended is not None:
         return ended
@@ -309,7 +144,7 @@ def run(config, *, verb: str = "sweep dpo", argv=(), say: Say = stderr, panel=No
     steps = " and ".join(str(step) for step in cells[0].rungs)
     say(f"sweep: {len(cells)} cells, compared after {steps} steps; {planned / total:.0%} of the full grid's steps")
     if config.dry_run:
-        lines = [f"{cell.name}: at most {cell.rungs[-1]} steps, {sum(1 for _ in cell.rungs)} rungs" for cell in cells]
+        lines = [f"{cell.name}: after {', '.join(map(str, cell.rungs))} steps" for cell in cells]
         return {"cells": [cell.name for cell in cells], "rungs": cells[0].rungs, "compute_share": planned / total,
                 "summary": lines}  # fmt: skip
     go_on = f"palate {verb} -c {out / 'config.yaml'} --resume --out {out}"
@@ -372,70 +207,67 @@ def _quiet(text: str) -> None:
 
 
 def _sweep(config, run, inner: str, cells: list[Cell], argv, say: Say) -> dict[str, Any]:
-    key, alive = config.ranks_by, cells
+    key, alive, reserve = config.ranks_by, cells, []
     levels = min(len(cell.rungs) for cell in cells)
     for cell in cells:  # unequal lengths: all are compared as often
         cell.rungs = [*cell.rungs[: levels - 1], cell.rungs[-1]]
-    reserve: list[Cell] = []
+
+    def trained(cell: Cell, level: int) -> bool:
+        _train_to(cell, level, run, inner, argv, key)
+        ends = (cell.line.get(f"{key}_{end}") for end in ("low", "high"))
+        found = f"{key.removeprefix('eval/')} {as_text(cell.line.get(key), *ends)}"
+        say(f"sweep: rung {level + 1} of {levels}: {cell.name}: {cell.failure if cell.state == 'failed' else found}")
+        _write(config, run, cells)
+        return cell.state != "failed"
+
+    best_first: list[Cell] = []
     for level in range(levels):
-        queue = list(alive)
-        while queue:
-            cell = queue.pop(0)
-            _train_to(cell, level, run, inner, argv, key)
-            low, high = (cell.line.get(f"{key}_{end}") for end in ("low", "high"))
-            found = f"{key.removeprefix('eval/')} {_shown(cell.line.get(key), low, high)}"
-            found = cell.failure if cell.state == "failed" else found
-            say(f"sweep: rung {level + 1} of {levels}: {cell.name}: {found}")
-            _write(config, run, cells)
-            if not queue and reserve and all(cell.state == "failed" for cell in alive):
-                queue.append(reserve.pop(0))  # the next best of those that had stopped takes their place
-                alive = [*alive, queue[0]]
-        ranked = _ranked([cell for cell in alive if cell.state != "failed"], key)
-        if not ranked:
+        passed = [cell for cell in alive if trained(cell, level)]
+        while not passed and reserve:  # the next best of those that had stopped takes their place
+            cell = reserve.pop(0)
+            passed = [cell] if trained(cell, level) else []
+        if not passed:
             raise RefusedError(
                 f"none of the {len(cells)} cells came through; {cells[0].name} {cells[0].failure}",
                 where=str(run.path),
                 next="look at the cells, then give a grid of smaller steps",
             )
+        best_first = ranking(passed, key)
         if level < levels - 1:
-            keep = survivors(len(cells), config.eta, level + 1)
-            ranked, lost = ranked[:keep], ranked[keep:]
-            for cell in lost:
+            goes_on = survivors(len(cells), config.eta, level + 1)
+            for cell in best_first[goes_on:]:
                 cell.state = "stopped"
-            reserve = [*lost, *reserve]
-            alive = [cell for cell in cells if cell in ranked]
-    best = ranked[0]
-    table = _write(config, run, cells, best)
-    _draw(run.path / "sweep.svg", cells, key, best)
-    ended = best.facts
-    share = table["compute_share"]
-    flags = [f"flag       {flag}" for flag in ended.get("flags", [])]
+            reserve = [*best_first[goes_on:], *reserve]
+            alive = [cell for cell in cells if cell in best_first[:goes_on]]
+    best = best_first[0]
+    standings = _write(config, run, cells, best)
+    draw(run.path / "sweep.svg", cells, key, best)
+    share = standings["compute_share"]
+    verdict, model = f"{best.name}: {best.facts['verdict']}", run.path / "cells" / best.name / "model"
     return {
         "out": str(run.path),
         "best": best.name,
         "options": best.options,
-        "model": str(run.path / "cells" / best.name / "model"),
-        "better": ended["better"],
-        "verdict": f"{best.name}: {ended['verdict']}",
+        "model": str(model),
+        "better": best.facts["better"],
+        "verdict": verdict,
         "metric": key,
         "compute_share": share,
         "reference_scored": sum(cell.facts.get("reference_scored", 0) for cell in cells),
-        "cells": table["cells"],
+        "cells": standings["cells"],
         "summary": [
-            *_table(_order(cells, key), key, best),
-            f"best       {best.name}: {ended['verdict']}",
-            *flags,
+            *table_lines(in_order(cells, key), key, best),
+            f"best       {verdict}",
+            *(f"flag       {flag}" for flag in best.facts["flags"]),
             f"compute    {share:.0%} of the full grid's steps, {sum(cell.seconds for cell in cells):.0f} s of training",
             f"plot       {run.path / 'sweep.svg'}",
-            f"model      {run.path / 'cells' / best.name / 'model'}",
+            f"model      {model}",
         ],
     }
 
 
 def _train_to(cell: Cell, level: int, run, inner: str, argv, key: str) -> None:
     """The cell, trained to its rung; nothing is trained where an earlier try has been there already."""
-    from palate.errors import CheckpointError
-
     path, target = run.path / "cells" / cell.name, cell.rungs[level]
     last = level == len(cell.rungs) - 1
     config = cell.config.model_copy(update={"out": str(path), "resume": True, "require_better": False})
@@ -447,8 +279,6 @@ def _train_to(cell: Cell, level: int, run, inner: str, argv, key: str) -> None:
             cell.facts["flags"] = result.get("retention", {}).get("flags", [])
         except Paused:
             pass
-        except CheckpointError:
-            raise
         except Interrupted as error:
             raise Interrupted(f"cell {cell.name}: {error.what}", next=error.next) from error
         except (NotFiniteError, DataError, ModelError, UsageError) as error:
@@ -498,25 +328,6 @@ def _pinned(path: Path) -> int | None:
     return json.loads(tensor_metadata(path)["facts"])["scored"] if path.is_file() else None
 
 
-def _ranked(cells: Iterable[Cell], key: str) -> list[Cell]:
-    """Best first: by the metric, then the margin, then the loss, then the grid's order."""
-
-    def value(cell: Cell, name: str) -> float:
-        found = cell.line.get(name)
-        if found is None or not math.isfinite(found):
-            return math.inf
-        return found if name in LOWER else -found
-
-    return sorted(cells, key=lambda cell: [value(cell, name) for name in (key, "eval/rewards/margins", "eval/loss")])
-
-
-def _order(cells: list[Cell], key: str) -> list[Cell]:
-    """Rows of the table: those that came farthest first, best first among them, failed ones last."""
-    ranked = _ranked(cells, key)
-    states = {"done": 0, "failed": 2}
-    return sorted(ranked, key=lambda cell: (states.get(cell.state, 1), -cell.steps))
-
-
 def _write(config, run, cells: list[Cell], best: Cell | None = None) -> dict[str, Any]:
     from palate.files import write_json
 
@@ -534,62 +345,3 @@ def _write(config, run, cells: list[Cell], best: Cell | None = None) -> dict[str
     }
     write_json(run.path / "sweep.json", table)
     return table
-
-
-def _shown(value: float | None, low: float | None = None, high: float | None = None) -> str:
-    """A share in percent with its interval, another number with four places."""
-    if value is not None and low is not None and high is not None:
-        return f"{value:.1%} [{low:.1%}, {high:.1%}]"
-    return number(value)
-
-
-def _table(cells: list[Cell], key: str, best: Cell) -> list[str]:
-    head = ["", "cell", "steps", key.removeprefix("eval/"), "loss", "seconds", ""]
-    rows = [head]
-    for cell in cells:
-        row = cell.row(key)
-        shown = _shown(row["metric"], row["low"], row["high"])
-        said = {"done": "", "failed": cell.failure}
-        rows.append(["*" if cell is best else "", cell.name, str(cell.steps), shown, number(row["loss"]),
-                     f"{cell.seconds:.0f}", said.get(cell.state, cell.state)])  # fmt: skip
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    left = {0, 1, 6}
-    return [
-        "  ".join(t.ljust(w) if i in left else t.rjust(w) for i, (t, w) in enumerate(zip(row, widths, strict=True)))
-        .rstrip()
-        for row in rows
-    ]  # fmt: skip
-
-
-def _draw(path: Path, cells: list[Cell], key: str, best: Cell) -> None:
-    """The held-out metric of every cell against its steps, as an SVG of always the same bytes."""
-    import io
-
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    from palate.files import write_bytes
-
-    with matplotlib.rc_context({"svg.hashsalt": "palate", "svg.fonttype": "none", "font.family": "sans-serif"}):
-        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        for cell in cells:
-            points = [(step, value) for step, value in cell.curve if value is not None]
-            if not points:
-                continue
-            style = {"best": ("#0b6e99", 2.2, 3), "done": ("#c2703d", 1.4, 2)}
-            colour, width, order = style.get("best" if cell is best else cell.state, ("#9a9a9a", 0.9, 1))
-            steps, values = zip(*points, strict=True)
-            axes.plot(steps, values, color=colour, linewidth=width, zorder=order, marker="o", markersize=2.5)
-            if cell.state == "done":
-                axes.annotate(cell.name, points[-1], xytext=(-4, 5), textcoords="offset points", ha="right", fontsize=8,
-                              color=colour)  # fmt: skip
-        axes.set_xlabel("step")
-        axes.set_ylabel(f"held-out {key.removeprefix('eval/')}")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    write_bytes(path, buffer.getvalue())

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from runs_kit import demonstrations, feedbacks, flags, metrics, pairs, tree, write_rows
 
-from palate.recipes import sweep
-from palate.recipes.sweep import Cell, DpoSweep, cells_of, cost, rungs, survivors
+from palate.recipes.grid import cells_of
+from palate.recipes.standings import Cell, ranking
+from palate.recipes.sweep import DpoSweep, cost, rungs, survivors
 
 SMALL = dict(batch=4, steps=9, device="cpu", samples=1, retain_samples=2)
 GRID = ["--grid", "lr=1e-5,1e-3,3e-3,1e12"]
@@ -67,8 +68,8 @@ def test_ties_are_broken_by_margin_then_loss_then_order():
 
     cells = [cell("a", 0.5, 9, 0), cell("b", 0.7, 1, 2), cell("c", 0.7, 2, 2), cell("d", 0.7, 2, 1),
              cell("e", 0.7, 2, 1), cell("f", None, 9, 0)]  # fmt: skip
-    assert [c.name for c in sweep._ranked(cells, key)] == ["d", "e", "c", "b", "a", "f"]
-    assert [c.name for c in sweep._ranked(cells, "eval/loss")][:2] == ["a", "f"]
+    assert [c.name for c in ranking(cells, key)] == ["d", "e", "c", "b", "a", "f"]
+    assert [c.name for c in ranking(cells, "eval/loss")][:2] == ["a", "f"]
 
 
 # the grid
