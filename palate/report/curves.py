@@ -18,18 +18,19 @@ def progress_charts(run: Reading) -> list[Chart]:
     ]
     if any(value for _, value in series(run.steps, "kl")):
         charts.append(Chart("kl", "KL, as the loss estimates it", "nats a completion", _curves(run, "kl")))
+    if run.imitates:
+        charts.append(Chart("logps", "Log-probs", "nats a completion", _curves(run, "logps/chosen")))
     return [chart for chart in charts if chart.curves]
 
 
 def likelihood_charts(run: Reading) -> list[Chart]:
-    """Rewards and log-probs of the chosen and of the rejected completions."""
+    """Rewards and log-probs of the chosen and of the rejected completions; none where nothing was rejected."""
     if run.imitates:
-        charts = [Chart("logps", "Log-probs", "nats a completion", _curves(run, "logps/chosen"))]
-    else:
-        charts = [
-            Chart("rewards", "Implicit rewards", "reward", _sides(run, "rewards"), level=0),
-            Chart("logps", "Log-probs", "nats a completion", _sides(run, "logps")),
-        ]
+        return []
+    charts = [
+        Chart("rewards", "Implicit rewards", "reward", _sides(run, "rewards"), level=0),
+        Chart("logps", "Log-probs", "nats a completion", _sides(run, "logps")),
+    ]
     return [chart for chart in charts if chart.curves]
 
 
