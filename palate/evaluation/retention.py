@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 # A flag is raised where the change from before to after is larger than this. Chosen on pilot runs, then checked:
-# docs/results.md has the numbers, benchmarks/retention.py makes them again.
+# docs/results.md has the numbers, examples/overtrained.py makes them again.
 LOSS_RISE = 0.25  # nats a token of the demonstrations
 DRIFT = 0.75  # nats a token by which the start's own completions became less likely
 CHOSEN_RISE = 0.5  # nats a token of the held-out chosen completions, where most of them lost likelihood

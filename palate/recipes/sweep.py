@@ -190,9 +190,9 @@ def _count_steps(config, inner: str, cells: list[Cell], say: Say) -> None:
             known[shape] = found["steps"]
         steps, every = known[shape], cell.config.eval_every
         cell.rungs = [steps] if config.full else rungs(steps, len(cells), config.eta)
-        if every is None:
+        if every is None and not config.full:
             cell.config = cell.config.model_copy(update={"eval_every": cell.rungs[0]})
-        elif any(step % every for step in cell.rungs[:-1]):
+        elif every and any(step % every for step in cell.rungs[:-1]):
             what = f"leaves step {cell.rungs[0]}, where cells are compared, without an evaluation"
             raise UsageError(what, where="eval_every", code="E308", next="leave it out")
 
