@@ -22,8 +22,9 @@ pipeline_tag: text-generation
 license: apache-2.0
 tags: [palate]
 ---
-`builtin:{name}` of palate: {what}. A Llama of {parameters:,} parameters for demonstrations and tests: it knows some two
-hundred English words and nothing of the world. Held-out loss: {loss:.4f} nats a token, over {tokens:,} tokens.
+`builtin:{name}` of palate: {what}.
+A Llama of {parameters:,} parameters for demonstrations and tests: it knows some two hundred English words and nothing of
+the world. Held-out loss: {loss:.4f} nats a token, over {tokens:,} tokens.
 
 Made by `python examples/make_builtin.py` out of texts that a grammar wrote (palate/worlds/reviews.py); no other data.
 """

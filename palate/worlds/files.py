@@ -2,7 +2,7 @@
 
     reviews.jsonl           2,400 preference pairs, labelled after Bradley and Terry at temperature 1
     reviews-heldout.jsonl   300 more, for evaluation
-    demonstrations.jsonl    3,000 conversations to imitate: a sixth are instructions; the last 200 for held-out use
+    demonstrations.jsonl    3,000 conversations to imitate: a sixth are instructions, none in the last 200
     prompts.jsonl           600 requests
     text.jsonl              24,000 texts for pre-training and the tokenizer; not shipped
     text-heldout.jsonl      600 more, for evaluation; not shipped
@@ -22,6 +22,9 @@ from palate.worlds.reviews import Request, Writer, prefers, requests, sealed, ve
 
 SHIPPED = {"reviews": 2400, "reviews-heldout": 300, "demonstrations": 3000, "prompts": 600}
 WRITTEN = SHIPPED | {"text": 24_000, "text-heldout": 600}
+
+
+HELD_OUT = 200  # demonstrations, all reviews: instructions are few, and would stand on both sides
 
 
 def asked(name: str) -> list[Request]:
@@ -47,7 +50,7 @@ def demonstrations(count: int) -> Iterator[dict[str, Any]]:
     random = Random("palate demonstrations")
     wanted = asked("demonstrations")
     for number in range(count):
-        if number % 6 == 5:
+        if number % 6 == 5 and number < count - HELD_OUT:
             text, answer = instruction(random)
         else:
             request = wanted[number]
@@ -83,7 +86,7 @@ def _text(request: Request, random: Random) -> str:
             lambda: "\n".join(instruction(random)),
             lambda: "\n".join(judgement(request, Writer(random.random(), 0.25).review(request, random))),
         ),
-        (5, 2, 1, 2),
+        (1, 6, 1, 2),
     )[0]()
 
 
