@@ -67,6 +67,7 @@ class TrainingConfig(InputConfig):
     resume: Annotated[bool, Field(description="Go on from the last verified checkpoint of --out")] = False
     require_better: Annotated[bool, Field(description="Exit 4 unless shown better on held-out data")] = False
     dry_run: Annotated[bool, Field(description="Print the plan and stop")] = False
+    report: Annotated[bool, Field(description="Write report.html at the end")] = True
     train: TrainConfig = TrainConfig()
 
     @model_validator(mode="after")
@@ -95,7 +96,7 @@ class Paused(Interrupted):
 
 
 # what may differ between a run and its resumption: nothing that moves a number
-MAY_CHANGE = ("log_every", "require_better", "save_every")
+MAY_CHANGE = ("log_every", "require_better", "save_every", "report")
 
 
 @dataclass(frozen=True)
@@ -244,6 +245,8 @@ def train(
                 config, run, prepared, say, panel, annotate, dict(facts or {}), better, verdict, retention, stop
             )
             run.finish(result)
+        if config.report:
+            result["summary"].append(f"report     {reported(out)}")
         if config.require_better and not result["better"]:
             error = NotBetterError(result["verdict"], next="train longer, change --lr or --beta, or look at the data")
             error.result = result
@@ -410,6 +413,16 @@ def refuse_other_start(run, meta: dict[str, str]) -> None:
         if began.get(name) != meta[name]:
             what = f"has begun from something else: {word} changed"
             raise CheckpointError(what, where=str(run.path), code="E502", next="put it back, or take a new --out")
+
+
+def reported(out: Path) -> str:
+    """The path of the run's report, written now; or why there is none, which ends no run."""
+    from palate.report import write_report
+
+    try:
+        return str(write_report([out]))
+    except (PalateError, OSError) as error:
+        return f"none: {error}"
 
 
 def _evals(line: dict[str, Any]) -> dict[str, Any]:
