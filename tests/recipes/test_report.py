@@ -42,6 +42,26 @@ def test_the_page_says_what_the_run_says(palate, trained):
     assert Path(made["out"]).read_bytes() == before
 
 
+def test_a_run_ends_with_its_report(trained):
+    result = trained("told", report=True)
+    word = result["verdict"].partition(":")[0].capitalize()
+    assert f">{word}</h1>" in Page(Path("told/report.html")).html
+    trained("untold")
+    assert not Path("untold/report.html").exists()
+
+
+def test_a_report_that_cannot_be_written_ends_no_run(palate, trained, monkeypatch):
+    import palate.report as page
+    from palate.errors import MachineError
+
+    def full(*args):
+        raise MachineError("No space left on device", where="report.html")
+
+    monkeypatch.setattr(page, "write_report", full)
+    result = trained("told", report=True)
+    assert (palate.code, result["status"]) == (0, "done")
+
+
 def test_swapped_labels_end_in_worse(palate, trained):
     swapped = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in ROWS[:24]]
     result = trained("swapped", swapped)
