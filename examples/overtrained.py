@@ -46,7 +46,7 @@ NUMBERS = {"loss": 2, "drift": 2, "chosen": 2, "distinct-2": 2, "repetition": 2,
 
 
 def train(name: str, verb: str, options: dict, seed: int, work: Path) -> dict:
-    """The retention of a run, trained where it is not there yet."""
+    """The retention of a run, trained where it is not there yet, and the seconds of its steps."""
     from palate.cli import main as palate
 
     out = work / f"{name}, seed {seed}".replace(", ", "_").replace(" ", "-")
@@ -56,7 +56,9 @@ def train(name: str, verb: str, options: dict, seed: int, work: Path) -> dict:
         words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
         if palate([verb, *words, "--resume"]) != 0:
             sys.exit(f"{out} did not come to its end")
-    return json.loads((out / "run.json").read_text())["result"]["retention"]
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    seconds = sum(line.get("seconds", 0) for line in lines)
+    return json.loads((out / "run.json").read_text())["result"]["retention"] | {"seconds": seconds}
 
 
 def show(rows) -> str:
@@ -111,7 +113,8 @@ def main() -> int:
         for kind, cases in KINDS.items():
             for name, (verb, options) in cases.items():
                 found = train(name, verb, options, seed, args.work)
-                keep({"data": name, "kind": kind, "seed": seed} | {k: found[k] for k in ("flags", "before", "after")})
+                row = {key: found[key] for key in ("flags", "before", "after", "seconds")}
+                keep({"data": name, "kind": kind, "seed": seed} | row)
                 wrong += bool(found["flags"]) != (kind == "over-trained")
     return 4 if wrong else 0
 

@@ -436,8 +436,10 @@ python examples/real_input.py train  --model SmolLM2-135M-Instruct --data-dir "$
 python examples/real_input.py reload --model SmolLM2-135M-Instruct --data-dir "$PALATE_TEST_DATA"
 python examples/real_input.py kills --data-dir "$PALATE_TEST_DATA"
 pytest tests/test_real_data.py  # the 260k model on every row of every file
-python examples/built_in_world.py demo     # these two need nothing
+python examples/built_in_world.py demo     # these four need nothing
 python examples/built_in_world.py control
+python examples/overtrained.py --work runs/overtrained
+python examples/halving.py --work runs/halving
 ```
 """
 
@@ -581,12 +583,26 @@ def show_world(rows) -> str:
     return show(rows) + "\n" + made(rows)
 
 
+def show_retention(rows) -> str:
+    from overtrained import show
+
+    return show(rows) + "\n" + made(rows)
+
+
+def show_halving(rows) -> str:
+    from halving import show
+
+    return show(rows) + "\n" + made(rows)
+
+
 SHOWN = {
     "scores": show_scores,
     "train": show_train,
     "reload": show_reload,
     "kills": show_kills,
     "world": show_world,
+    "retention": show_retention,
+    "halving": show_halving,
 }
 SECTIONS = {"scores": scores, "train": train, "reload": reload, "kills": kills}
 

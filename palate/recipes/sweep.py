@@ -259,6 +259,7 @@ def _sweep(config, run, inner: str, cells: list[Cell], argv, say: Say) -> dict[s
             *table_lines(in_order(cells, key), key, best),
             f"best       {verdict}",
             *(f"flag       {flag}" for flag in best.facts["flags"]),
+            f"reference  {sum(cell.facts.get('reference_scored', 0) for cell in cells)} completions scored for all cells",
             f"compute    {share:.0%} of the full grid's steps, {sum(cell.seconds for cell in cells):.0f} s of training",
             f"plot       {run.path / 'sweep.svg'}",
             f"model      {model}",
