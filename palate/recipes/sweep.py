@@ -242,7 +242,7 @@ def _sweep(config, run, inner: str, cells: list[Cell], argv, say: Say) -> dict[s
     best = best_first[0]
     standings = _write(config, run, cells, best)
     draw(run.path / "sweep.svg", cells, key, best)
-    share = standings["compute_share"]
+    share, scored = standings["compute_share"], sum(cell.facts.get("reference_scored", 0) for cell in cells)
     verdict, model = f"{best.name}: {best.facts['verdict']}", run.path / "cells" / best.name / "model"
     return {
         "out": str(run.path),
@@ -253,13 +253,13 @@ def _sweep(config, run, inner: str, cells: list[Cell], argv, say: Say) -> dict[s
         "verdict": verdict,
         "metric": key,
         "compute_share": share,
-        "reference_scored": sum(cell.facts.get("reference_scored", 0) for cell in cells),
+        "reference_scored": scored,
         "cells": standings["cells"],
         "summary": [
             *table_lines(in_order(cells, key), key, best),
             f"best       {verdict}",
             *(f"flag       {flag}" for flag in best.facts["flags"]),
-            f"reference  {sum(cell.facts.get('reference_scored', 0) for cell in cells)} completions scored for all cells",
+            f"reference  {scored} completions scored for all cells",
             f"compute    {share:.0%} of the full grid's steps, {sum(cell.seconds for cell in cells):.0f} s of training",
             f"plot       {run.path / 'sweep.svg'}",
             f"model      {model}",
