@@ -98,3 +98,5 @@ def test_what_is_not_finite_is_flagged():
     (sentence,) = flags(WELL, WELL | {"loss": None})
     assert "Not finite" in sentence and "loss" in sentence
     assert flags(WELL | {"loss": None}, WELL) == []
+    (sentence,) = flags(WELL, WELL | {"distinct-2": None, "length": 0.0})  # nothing is written any more
+    assert "shorter" in sentence
