@@ -14,7 +14,7 @@ def losses_page() -> str:
         "",
         "Written by `make docs` from the registry; the mathematics stands in each function's docstring.",
         "`palate dpo --loss NAME --loss-options.OPTION VALUE`; losses of single feedback run under `palate kto`,",
-        "`completion_nll` is what `palate sft` trains.",
+        "`completion_nll` is what `palate sft` trains, `bradley_terry` what `palate reward` does.",
         "",
         "| loss | learns from | options and defaults | reference | unit | source |",
         "|---|---|---|---|---|---|",

@@ -53,6 +53,7 @@ VERBS = {
     ),
     "doctor": Verb("Check preference data, and say what to do.", "palate.recipes.doctor:DoctorConfig", ("data",)),
     "sft": Verb("Train on demonstrations: completions, conversations or text.", "palate.recipes.sft:SftConfig"),
+    "reward": Verb("Train a reward model on preference pairs.", "palate.recipes.reward:RewardConfig"),
     "dpo": Verb(
         "Train on preference pairs; --loss names one of the DPO family.", "palate.recipes.preference:PreferenceConfig"
     ),

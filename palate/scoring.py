@@ -1,10 +1,10 @@
-"""Model x batch -> log-probs: the one function that every method's numbers come from.
+"""Model x batch -> log-probs, or a scalar head's numbers: what every method's numbers come from.
 
 A model that passes the probe runs on the shared-prompt stream; one that does not (it ignores the attention interface,
 or mixes along the stream) is scored as padded rows through its stock forward, with the same numbers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from palate.data.batch import TokenBatch, collate, float64_device
+from palate.data.batch import TokenBatch, collate, collate_ends, float64_device, stream_length
+from palate.data.stream import pack
 from palate.data.tokens import TokenGroup
 from palate.errors import ModelError
 from palate.model.attention import NotShared, counted_calls, expected_calls, shared_attention
-from palate.model.logprob import logit_transform, scored_rows
+from palate.model.heads import backbone, scalar_head
+from palate.model.logprob import ROWS, logit_transform, scored_rows
 
 Precision = Literal["float32", "bfloat16"]
 SHORT_STREAM = 64  # enough wherever it was tried; a model that needs more gets a whole micro-batch
@@ -108,6 +110,35 @@ def logps(model: nn.Module, batch: TokenBatch, *, numerics: Numerics = Numerics(
     return sequence_logps(token_logps(model, batch, numerics=numerics), batch)
 
 
+def scalars(model: nn.Module, batch: TokenBatch, *, numerics: Numerics = Numerics()) -> Tensor:
+    """(N,) what the model's scalar head says at the batch's predictors, float64; differentiable.
+
+    At the predictors of `collate` these are values of the states in which a token was chosen; at those of
+    `collate_ends` rewards of whole texts. `reward_bias` of the config is not in them.
+    """
+    if not len(batch.predictors):
+        return torch.zeros(0, dtype=torch.float64, device=float64_device(batch.tokens.device))
+    return _scalars(model, batch, numerics, support(model).path)
+
+
+def rewards(model: nn.Module, groups: Sequence[TokenGroup], *, numerics=Numerics(), tokens: int = 2048) -> list[float]:
+    """The reward of every completion of every group, in order, read at its last token; `reward_bias` is in them.
+
+    tokens: stream tokens per micro-batch.
+    """
+    found: list[float] = []
+    with torch.no_grad(), evaluation_mode(model):
+        for part in pack([stream_length(group) for group in groups], tokens):
+            batch = collate_ends([groups[i] for i in part]).to(model.device)
+            found += (scalars(model, batch, numerics=numerics) + reward_bias(model)).tolist()
+    return found
+
+
+def reward_bias(model: nn.Module) -> float:
+    """What a reward model's config says is added to what its head says; 0 unless it says so."""
+    return float(getattr(model.config, "reward_bias", 0.0))
+
+
 # --- the three ways through a model -------------------------------------------------------------------------------
 
 
@@ -143,6 +174,28 @@ def _plain(model: nn.Module, batch: TokenBatch, numerics: Numerics) -> Tensor:
     logits = logits.reshape(-1, logits.shape[-1]).index_select(0, rows)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     return wide.gather(-1, batch.targets[:, None])[:, 0]
+
+
+def _scalars(model: nn.Module, batch: TokenBatch, numerics: Numerics, path: str) -> Tensor:
+    body, head = backbone(model), scalar_head(model)
+    assert head is not None
+    if path == "shared":
+        tail, rows = -len(batch.tokens) % numerics.stream if numerics.stream else 0, batch.predictors
+        with _autocast(model, numerics), shared_attention(model):
+            hidden = body(
+                input_ids=nn.functional.pad(batch.tokens, (0, tail))[None],
+                position_ids=nn.functional.pad(batch.positions, (0, tail))[None],
+                use_cache=False,
+                palate_layout=replace(batch.layout, tail=tail),
+            ).last_hidden_state
+    else:
+        ids, mask, rows = _rows(batch)
+        with _autocast(model, numerics):
+            hidden = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    count = len(rows)
+    hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, nn.functional.pad(rows, (0, -count % ROWS)))
+    found = head(hidden.to(next(head.parameters()).dtype))[:count, 0]  # in the head's own precision
+    return found.to(float64_device(found.device)).double()
 
 
 _RUN = {"shared": _shared, "padded": _padded, "plain": _plain}
@@ -227,7 +280,7 @@ def _probe(model: nn.Module) -> Support:
         raise ModelError(f"{type(model).__name__} gives no logits for input_ids: {error}", code="E407") from error
     tolerance = _TOLERANCE if model.dtype in (torch.float32, torch.float64) else 0.15
     reasons = []
-    for path in ("shared", "padded", "plain"):
+    for path in ("shared", "padded") if scalar_head(model) is not None else ("shared", "padded", "plain"):
         try:
             got = _probe_path(model, path, batches)
         except (NotShared, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
@@ -251,9 +304,14 @@ def _same_bits(model: nn.Module, numerics: Numerics) -> bool:
     config = model.config.get_text_config(decoder=True)
     room = getattr(config, "max_position_embeddings", 1024) - max(map(len, group.completions))
     long = [replace(group, prompt=np.arange(min(n, room), dtype=np.int32) % config.vocab_size) for n in (64, 200)]
-    alone = [logps(model, collate([one]).to(model.device), numerics=numerics).total for one in (group, *long)]
+
+    def totals(many: list[TokenGroup]) -> Tensor:
+        batch = collate(many).to(model.device)
+        return sequence_logps(_probed(model, "shared", batch, numerics), batch).total
+
+    alone = [totals([one]) for one in (group, *long)]
     for many in ([group, *long], [*long[::-1], group, long[1], long[1]], [long[0], group, long[0]]):
-        together = logps(model, collate(many).to(model.device), numerics=numerics).total
+        together = totals(many)
         expected = torch.cat([alone[(group, *long).index(one)] for one in many])
         if not torch.equal(together, expected):
             return False
@@ -262,14 +320,14 @@ def _same_bits(model: nn.Module, numerics: Numerics) -> bool:
 
 def _probe_path(model: nn.Module, path: str, batches: list[TokenBatch]) -> list[Tensor]:
     if path != "shared":
-        return [_RUN[path](model, batch, Numerics()).double() for batch in batches]
+        return [_probed(model, path, batch, Numerics()).double() for batch in batches]
     expected = expected_calls(model)
     if expected is None:
         raise NotShared("layers that mix along the stream")
     got = []
     for batch in batches:
         with counted_calls() as calls:
-            got.append(_shared(model, batch, Numerics()).double())
+            got.append(_probed(model, path, batch, Numerics()).double())
             if (calls.total, calls.windowed) != expected:
                 raise NotShared(f"attention called {calls.total} times ({calls.windowed} windowed), not {expected}")
     first, changed = got[0], got[1]
@@ -277,6 +335,13 @@ def _probe_path(model: nn.Module, path: str, batches: list[TokenBatch]) -> list[
     if not torch.equal(first[branch], changed[branch]):
         raise NotShared("a token of one branch moves another branch")
     return got
+
+
+def _probed(model: nn.Module, path: str, batch: TokenBatch, numerics: Numerics) -> Tensor:
+    """(N,) what the model is for: numbers of its scalar head, or log-probs."""
+    return (
+        _scalars(model, batch, numerics, path) if scalar_head(model) is not None else _RUN[path](model, batch, numerics)
+    )
 
 
 def _probe_groups(model: nn.Module) -> list[list[TokenGroup]]:
@@ -294,14 +359,19 @@ def _probe_groups(model: nn.Module) -> list[list[TokenGroup]]:
 
 
 def _row_by_row(model: nn.Module, batch: TokenBatch) -> Tensor:
-    """(N,) float64 log-probs by one stock forward a completion: slow, and right for any causal model."""
+    """(N,) float64, as `_probed`, by one stock forward a completion: slow, and right for any causal model."""
     ids, mask, rows = _rows(batch)
+    head = scalar_head(model)
     width = ids.shape[1]
     parts = []
     for number in range(len(ids)):
         length = int(mask[number].sum())
-        logits = model(input_ids=ids[number : number + 1, :length], use_cache=False).logits[0].double()
-        mine = batch.sequence == number
+        row, mine = ids[number : number + 1, :length], batch.sequence == number
+        if head is not None:
+            hidden = backbone(model)(input_ids=row, use_cache=False).last_hidden_state[0]
+            parts.append(head(hidden)[rows[mine] - number * width, 0].double())
+            continue
+        logits = model(input_ids=row, use_cache=False).logits[0].double()
         chosen = logits[rows[mine] - number * width].log_softmax(-1)
         parts.append(chosen.gather(-1, batch.targets[mine][:, None])[:, 0])
     return torch.cat(parts)

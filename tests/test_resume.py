@@ -19,7 +19,7 @@ from faults import Crash, disk
 from runs_kit import Command, demonstrations, feedbacks, metrics, pairs, save_model, write_rows
 from safetensors.numpy import load_file
 
-VERBS = {"dpo": pairs, "kto": feedbacks, "sft": demonstrations}
+VERBS = {"dpo": pairs, "kto": feedbacks, "sft": demonstrations, "reward": pairs}
 OPTIONS = dict(batch=3, steps=9, device="cpu", lr=3e-3, samples=2, save_every=2, eval_every=3, seed=1)
 
 
@@ -58,7 +58,7 @@ def ends(run: Path):
         files.append(run / "adapter" / "adapter_model.safetensors")
     state = json.loads((last / "state.json").read_text())
     kept = sorted(p.name for p in (run / "checkpoints").glob("step-*"))
-    samples = (run / "samples.jsonl").read_text()
+    samples = [(run / name).read_text() for name in ("samples.jsonl", "normalise.json") if (run / name).is_file()]
     facts = [state[key] for key in ("step", "cursor", "best", "total_steps")]
     contents = [f.read_bytes() for f in files]
     if (run / "reference.safetensors").is_file():  # its values; whether they were scored or found may differ
@@ -87,10 +87,12 @@ DEATHS = [
     ("dpo", {}, (0.05, 0.6)),
     ("kto", {}, (0.4,)),
     ("sft", {}, (0.97,)),
+    ("reward", {"normalise": 8}, (0.3, 0.97)),
     pytest.param("dpo", {}, (0.15, 0.3, 0.45, 0.75, 0.9, 0.97), marks=pytest.mark.slow),
     pytest.param("dpo", {"lora_rank": 2}, (0.1, 0.6, 0.95), marks=pytest.mark.slow),
     pytest.param("kto", {}, (0.1, 0.7, 0.95), marks=pytest.mark.slow),
     pytest.param("sft", {}, (0.1, 0.5), marks=pytest.mark.slow),
+    pytest.param("reward", {"normalise": 8, "lora_rank": 2}, (0.1, 0.5, 0.9, 0.97), marks=pytest.mark.slow),
 ]
 
 

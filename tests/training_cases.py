@@ -12,7 +12,7 @@ from palate.data.stream import stream
 from palate.reference import annotate
 from palate.train.objectives import objective
 
-NAMES = sorted(losses.LOSSES)
+NAMES = sorted(name for name in losses.LOSSES if losses.info(name).kind != "reward")  # of log-probs
 
 
 def rows_for(name: str, count: int = 7, seed: int = 0, longest: int = 9):

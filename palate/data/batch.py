@@ -104,7 +104,30 @@ class FeedbackBatch:
         return _to(self, device)
 
 
-AnyBatch = TypeVar("AnyBatch", TokenBatch, PairBatch, RankedBatch, FeedbackBatch)
+@dataclass(frozen=True, eq=False)
+class RewardBatch:
+    """P pairs of completions to be rewarded, each prompt's pairs counting as one unit together.
+
+    batch: its branches hold every completion whole, and `predictors` (S,) are the rows of their last tokens, where a
+        reward is read; `targets` say nothing. length: (S,) scored tokens of each completion.
+    chosen, rejected: (P,) indices of completions. weight: (P,) one over the pairs of the same prompt.
+    margin: (P,) float64, how much better the chosen one is, where every pair says so. units: prompts.
+    """
+
+    batch: TokenBatch
+    length: Tensor
+    chosen: Tensor
+    rejected: Tensor
+    weight: Tensor
+    margin: Tensor | None
+    units: int
+
+    def to(self, device) -> "RewardBatch":
+        """The same batch with its tensors on `device`."""
+        return _to(self, device)
+
+
+AnyBatch = TypeVar("AnyBatch", TokenBatch, PairBatch, RankedBatch, FeedbackBatch, RewardBatch)
 
 
 def float64_device(device) -> torch.device:
@@ -227,6 +250,37 @@ def collate_feedback(groups: Sequence[TokenGroup]) -> FeedbackBatch:
         mismatched=collate([_only(group, 1) for group in groups]),
         reference=None if reference is None else reference[0::2],
         reference_mismatched=None if reference is None else reference[1::2],
+    )
+
+
+def collate_ends(groups: Sequence[TokenGroup]) -> TokenBatch:
+    """The stream of all completions, whole, whose `predictors` are the rows of their last tokens: (S,), one each.
+
+    For heads that read a text at its end; a stream for log-probs leaves the last token of each completion out. An empty
+    completion is read at its prompt's last token.
+    """
+
+    def read_at_end(group: TokenGroup) -> TokenGroup:
+        longer = tuple(np.append(ids, np.int32(0)) for ids in group.completions)  # the last one is only ever a target
+        return replace(group, completions=longer, spans=tuple(((len(ids) - 1, len(ids)),) for ids in longer))
+
+    return collate([read_at_end(group) for group in groups])
+
+
+def collate_rewards(groups: Sequence[TokenGroup]) -> RewardBatch:
+    """Every preference of every group as one pair, all those of one prompt over one stream, and one unit together."""
+    pairs = collate_pairs(groups)
+    weight = [1 / len(group.preferences) for group in groups for _ in group.preferences]
+    margins = [group.margin for group in groups for _ in group.preferences]
+    known = None if None in margins else torch.tensor(margins, dtype=torch.float64)
+    return RewardBatch(
+        batch=collate_ends(groups),
+        length=pairs.batch.length,
+        chosen=pairs.chosen,
+        rejected=pairs.rejected,
+        weight=torch.tensor(weight, dtype=torch.float64),
+        margin=known,
+        units=len(groups),
     )
 
 

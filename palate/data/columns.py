@@ -4,6 +4,7 @@ The dialect is chosen once per file, from its first rows, and said aloud. Column
 conversation (ShareGPT, axolotl, ms-swift, Alpaca) are read as conversations; `prompt/...` strings stay plain.
 """
 
+import contextlib
 import json
 import re
 import unicodedata
@@ -383,7 +384,17 @@ def pair(
         raise RowError("E209", f'equal to "{shown(names[0])}": the pair teaches nothing', FIX, shown(names[1]))
     if _squeezed(rests[0]) == _squeezed(rests[1]):
         view.warnings.append("W210")
-    return PreferencePair(prompt, rests[0], rests[1])
+    return PreferencePair(prompt, rests[0], rests[1], margin=_margin(view))
+
+
+def _margin(view: View) -> float | None:
+    """What a column `margin` says, where it is a finite number from 0; other things of that name are let be."""
+    value = view.get("margin") if view.has("margin") else None
+    if view.untyped and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    fine = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e300
+    return float(value) if fine else None
 
 
 def _squeezed(text: Text) -> str:
@@ -853,7 +864,7 @@ NAMES = sorted(
         for need in (*dialect.needs, dialect.optional)
         for name in ((need,) if isinstance(need, str) else need)
     }
-    | {"id"}
+    | {"id", "margin"}
 )
 
 

@@ -49,12 +49,13 @@ class Demonstration:
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """Two completions of one prompt, the first preferred."""
+    """Two completions of one prompt, the first preferred. margin: by how much, >= 0, where the data say so."""
 
     prompt: Text
     chosen: Text
     rejected: Text
     source: Source | None = None
+    margin: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ class TokenGroup:
     label: of single feedback; its completions are then (own, mismatched).
     cut: per completion, whether truncation took its end; prompt_cut: tokens taken from the prompt's start.
     reference: per completion the summed log-prob under the reference, nats, float64, once annotated.
+    margin: of a pair, by how much the better one is, where the data say so.
     """
 
     prompt: np.ndarray
@@ -48,6 +49,7 @@ class TokenGroup:
     prompt_cut: int = 0
     source: Source | None = None
     reference: tuple[float, ...] | None = None
+    margin: float | None = None
 
 
 def tokenize(record: Record, tokenizer, *, max_length: int | None = None) -> TokenGroup:
@@ -75,7 +77,7 @@ def tokenize(record: Record, tokenizer, *, max_length: int | None = None) -> Tok
 def tokenize_pair(pair: PreferencePair, tokenizer, *, max_length: int | None = None) -> TokenGroup:
     """The pair's group: completions (chosen, rejected), preferences ((0, 1),). See `tokenize`."""
     group = _group(pair, (pair.chosen, pair.rejected), ("chosen", "rejected"), tokenizer, max_length)
-    return replace(group, preferences=((0, 1),))
+    return replace(group, preferences=((0, 1),), margin=pair.margin)
 
 
 def tokenize_demonstration(record: Demonstration, tokenizer, *, max_length: int | None = None) -> TokenGroup:

@@ -18,11 +18,17 @@ SHARES = ("rewards/accuracies", "logps/accuracies")
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, groups: Sequence[TokenGroup], objective: Callable, *, tokens: int = 2048
+    model: nn.Module,
+    groups: Sequence[TokenGroup],
+    objective: Callable,
+    *,
+    tokens: int = 2048,
+    seen: Callable[[Any], None] | None = None,
 ) -> dict[str, float]:
     """`eval/...` numbers of the model on `groups`, as the objective counts them; shares come with `_low` and `_high`.
 
     objective: as in `train.objectives`; its metrics are summed over micro-batches and divided once.
+    seen: called with the outcome of every micro-batch.
     """
     loss, metrics = Tally(), {}
     micro = [objective.collate([groups[i] for i in part]) for part in pack([stream_length(g) for g in groups], tokens)]
@@ -30,6 +36,8 @@ def evaluate(
     context = objective.prepare(model, micro, Ranks.single())
     for batch in micro:
         outcome = objective(model, batch, context)
+        if seen is not None:
+            seen(outcome)
         loss = loss + Tally(float(outcome.loss.total), outcome.loss.count)
         for name, tally in outcome.metrics.items():
             metrics[name] = metrics.get(name, Tally()) + Tally(float(tally.total), tally.count)

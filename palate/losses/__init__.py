@@ -1,4 +1,4 @@
-"""Pure, unreduced losses of log-probs, and the table that names them. Nothing here knows a model or a batch."""
+"""Pure, unreduced losses of log-probs and rewards, and the table that names them. They know no model and no batch."""
 
 from dataclasses import replace
 
@@ -32,8 +32,10 @@ from palate.losses.registry import (
     is_normalised,
     pairwise_loss,
     ranked_loss,
+    reward_loss,
     reward_scale,
 )
+from palate.losses.reward import PairRewards, bradley_terry
 
 
 def start_values(name: str, logps, **options) -> Tensor:
@@ -65,7 +67,9 @@ __all__ = [
     "FeedbackLogps",
     "LossInfo",
     "PairLogps",
+    "PairRewards",
     "RankedLogps",
+    "bradley_terry",
     "check_options",
     "completion_nll",
     "cpo",
@@ -85,6 +89,7 @@ __all__ = [
     "plackett_luce",
     "r_dpo",
     "ranked_loss",
+    "reward_loss",
     "reward_scale",
     "robust_dpo",
     "simpo",

@@ -16,7 +16,8 @@ AtStart = Callable[[Mapping[str, Any]], float | None]
 class LossInfo:
     """The facts of one registered loss.
 
-    kind: "pairwise" (PairLogps), "ranked" (RankedLogps), "feedback" (FeedbackLogps) or "demonstration".
+    kind: "pairwise" (PairLogps), "ranked" (RankedLogps), "feedback" (FeedbackLogps), "reward" (PairRewards) or
+        "demonstration".
     reference: whether it reads reference log-probs.
     normalised: whether, at its default options, it compares means per token rather than sums (see `is_normalised`).
     at_start: from options to its value where policy equals reference, or to None where that depends on the rows;
@@ -87,6 +88,11 @@ def feedback_loss(name, *, reference: bool, paper: str, normalised: bool = False
 def demonstration_loss(name, *, reference: bool, paper: str, normalised: bool = False, at_start=None, ranges=None):
     """Decorator that enters a function of DemonstrationLogps, returning (S,), into LOSSES; as `pairwise_loss`."""
     return _register("demonstration", name, reference, paper, normalised, at_start, ranges)
+
+
+def reward_loss(name, *, paper: str, ranges=None):
+    """Decorator that enters a function of PairRewards, returning (P,), into LOSSES; as `pairwise_loss`."""
+    return _register("reward", name, False, paper, False, None, ranges)
 
 
 def info(name: str) -> LossInfo:

@@ -13,6 +13,7 @@ import torch
 
 from palate.errors import ModelError, UsageError
 from palate.model import Model
+from palate.model.heads import scalar_head
 
 
 def add_lora(
@@ -24,6 +25,8 @@ def add_lora(
     targets: str | list[str] = "all-linear",
 ) -> Model:
     """`model` wrapped by peft, all of it frozen but new adapters; its outputs are the same until they are trained.
+
+    A scalar head is trained too, whole, in a copy.
 
     rank: columns of A, >= 1. alpha: the update is scaled by alpha / rank; 2 * rank unless given.
     seed: of A; the global random state is not touched. targets: names of layers, or all linear ones but the head.
@@ -43,7 +46,7 @@ def add_lora(
         target_modules=targets,
         lora_dropout=0.0,
         bias="none",
-        task_type="CAUSAL_LM",
+        task_type="CAUSAL_LM" if scalar_head(model) is None else "SEQ_CLS",
     )
     training = model.training
     state = torch.default_generator.get_state()

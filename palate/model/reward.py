@@ -1,4 +1,4 @@
-"""A reward model's folder to a model that gives a text one number: `AutoModelForSequenceClassification`, one label."""
+"""A folder to a model that gives a text one number, and back: `AutoModelForSequenceClassification`, one label."""
 
 import math
 import os
@@ -8,8 +8,27 @@ from typing import Any
 import torch
 
 from palate.errors import ModelError, NotThereError
+from palate.files import new_folder
+from palate.model import Model
+from palate.model.adapters import is_adapted, merged_copy
 from palate.model.checks import check_folder, read_object
-from palate.model.load import LoadedModel, _device, _How, _refusing, _tokenizer, quiet
+from palate.model.heads import scaled_head
+from palate.model.load import (
+    _REPORT,
+    LoadedModel,
+    _content,
+    _device,
+    _How,
+    _is_there,
+    _probe,
+    _refusing,
+    _same_bits,
+    _savable,
+    _scrub_config,
+    _tokenizer,
+    _writing,
+    quiet,
+)
 
 _NEXT = "name a folder that save_pretrained wrote of a model for sequence classification with num_labels=1"
 
@@ -59,6 +78,57 @@ def _check_kind(config: dict[str, Any], where: str) -> None:
     if isinstance(bias, bool) or not isinstance(bias, int | float) or not math.isfinite(bias):
         what = f"reward_bias is {bias!r}, no finite number"
         raise ModelError(what, where=f"{where}/config.json", code="E412", next="mend or remove it")
+
+
+def save_reward(
+    model: Model, tokenizer, folder: str | os.PathLike, *, gain: float = 1.0, bias: float = 0.0, card: str | None = None
+) -> Path:
+    """The folder, from which `load_reward` reads a reward of `gain` times what the head says, plus `bias`.
+
+    gain is folded into the head, bias is `reward_bias` in the config, and `reward_scale`, 1 / gain, turns a difference
+    of these rewards into the log-odds that were trained. An adapter is merged in. The folder appears whole or not at
+    all, once it reads back to the same bits; one that already holds just this stays. `model` is left as it was.
+    Raises as `palate.model.load.save`.
+    """
+    folder = Path(folder)
+    plain = merged_copy(model) if is_adapted(model) else model
+    with scaled_head(plain, gain), _savable(plain):
+        plain.config.reward_bias, plain.config.reward_scale = bias, 1 / gain
+        content = {"content": _content(plain, tokenizer, card)}
+        if _is_there(folder, content):
+            return folder
+        with new_folder(folder, content) as tmp:
+            with _writing(folder), quiet():
+                plain.save_pretrained(tmp, max_shard_size="5GB")
+                tokenizer.save_pretrained(tmp)
+            _scrub_config(tmp / "config.json")
+            (tmp / "README.md").write_text(card if card is not None else _CARD, encoding="utf-8")
+            _check_saved(plain, tmp)
+    return folder
+
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-classification
+tags: [reward-model, palate]
+---
+A reward model trained with palate: one number a text, read at its last token, the end token included. Load it with
+`AutoModelForSequenceClassification.from_pretrained`, and add `reward_bias` of its config to the one logit. Samples of
+the model that it was trained from have mean 0 and deviation 1. The difference of two rewards times `reward_scale` is
+the log-odds that the first is preferred.
+"""
+
+
+def _check_saved(plain: Model, folder: Path) -> None:
+    """Loads `folder` again; its weights and its number for a probe must be the same bits."""
+    again = load_reward(folder, device=plain.device).model
+    ours, theirs = plain.state_dict(keep_vars=True), again.state_dict(keep_vars=True)
+    for name in sorted(ours.keys() | theirs.keys()):
+        if name not in ours or name not in theirs or not _same_bits(ours[name], theirs[name]):
+            what = f"weight {name!r} does not read back as it was saved"
+            raise ModelError(what, where=str(folder), code="E404", next=_REPORT)
+    if not torch.equal(_probe(plain), _probe(again)):
+        raise ModelError("the saved model gives other rewards", where=str(folder), code="E404", next=_REPORT)
 
 
 @torch.no_grad()

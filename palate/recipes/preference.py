@@ -105,8 +105,8 @@ def check_loss(config: PreferenceConfig, verb: str) -> dict[str, Any]:
 
     options = loss_options(config)
     kind = losses.info(config.loss).kind
-    if (kind == "feedback") != (verb == "kto"):
-        other = "kto" if kind == "feedback" else "dpo"
+    if (kind == "feedback") != (verb == "kto") or kind == "reward":
+        other = {"feedback": "kto", "reward": "reward"}.get(kind, "dpo")
         raise UsageError(
             f'loss "{config.loss}" is not one of palate {verb}', where="loss", code="E308", next=f"use palate {other}"
         )

@@ -113,10 +113,19 @@ class Prepared:
     identity: str  # of the starting weights under this precision
 
 
-def prepare(config: TrainingConfig, read: Callable, objective_of: Callable, *, usable: Callable, say: Say) -> Prepared:
+def prepare(
+    config: TrainingConfig,
+    read: Callable,
+    objective_of: Callable,
+    *,
+    usable: Callable,
+    say: Say,
+    built: Callable[[Any], Any] | None = None,
+) -> Prepared:
     """Reads, loads, tokenises and counts; writes nothing.
 
-    read: (data) -> Records. objective_of: (numerics) -> objective. usable: see `read_rows`.
+    read: (data) -> Records. objective_of: (numerics) -> objective. usable: see `read_rows`. built: (loaded) -> the
+    model that is trained in its place, such as one with another head.
     """
     from palate.data.sources import refuse_shared_rows
     from palate.data.stream import count_steps
@@ -145,6 +154,8 @@ def prepare(config: TrainingConfig, read: Callable, objective_of: Callable, *, u
         loaded = with_tokenizer(loaded, strings_of(records))
     if config.chat_template is not None:
         load_template(config.chat_template, loaded.tokenizer)
+    if built is not None:
+        loaded = built(loaded)
     model = loaded.model
     limit = max_length(config, model)
     rows = read_rows(
@@ -169,6 +180,57 @@ def prepare(config: TrainingConfig, read: Callable, objective_of: Callable, *, u
     rate, reason = auto_rate(config, loaded.model.num_parameters())
     steps = count_steps(len(rows.train), config.batch, config.epochs, config.steps)
     return Prepared(loaded, rows, objective_of(numerics), precision, rate, reason, steps, identity)
+
+
+def save_policy(run, model, tokenizer, held) -> dict[str, Any]:
+    """Writes the run's `model/`, if it is not there yet."""
+    from palate.model.load import save
+
+    if not (run.path / "model").exists():
+        save(model, tokenizer, run.path / "model")
+    return {}
+
+
+def sample_rows(model, tokenizer, groups, step: int, before: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+    """Rows for samples.jsonl: the groups' prompts completed as the model is now (temperature 0.7, a fixed seed).
+
+    before: the rows of step 0, whose completions stand beside these.
+    """
+    from palate.data.tokens import end_tokens
+    from palate.sampling.generate import generate, text_of
+
+    if not groups:
+        return []
+    prompts = [group.prompt for group in groups]
+    made = generate(model, tokenizer, prompts, max_tokens=64, temperature=0.7, seed=0, end_ids=end_tokens(tokenizer))
+    rows = []
+    for number, sample in enumerate(made):
+        text = text_of(sample, prompts[sample.prompt], tokenizer)
+        rows.append(
+            {
+                "step": step,
+                "prompt": tokenizer.decode(prompts[sample.prompt].tolist()),
+                "before": before[number]["before"] if before else text,
+                "after": text if before else None,
+                "scores": {"logp": sample.logp, "tokens": len(sample.ids), "finished": sample.finished},
+            }
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What a run leaves beside its steps; the defaults are a policy's.
+
+    evaluate: (model, held, objective, tokens=) -> numbers, as `palate.evaluation.preference.evaluate`. sample: rows of
+    samples.jsonl. save: (run, model, tokenizer, held) -> facts of the result, once `model/` is there; it may be called
+    again after a kill. next: the command to go on with.
+    """
+
+    evaluate: Callable[..., dict[str, Any]] | None = None
+    sample: Callable[..., list[dict[str, Any]]] = sample_rows
+    save: Callable[..., dict[str, Any]] = save_policy
+    next: str = "palate generate --model {run} --data PROMPTS --out FILE"
 
 
 def update_config(config: TrainingConfig, rate: float) -> OptimConfig:
@@ -218,6 +280,7 @@ def train(
     verdict: Callable[[dict, dict], tuple[bool, str]],
     retention: Retention | None = None,
     stop: int | None = None,
+    ending: Ending | None = None,
 ) -> dict[str, Any]:
     """The run folder from first line to saved model; resumes where --resume asks for it.
 
@@ -225,6 +288,7 @@ def train(
     result, where there is none. better: the evaluation's key that picks the best checkpoint, as for `fit`.
     verdict: (before, after) -> (shown better, sentence). retention: what is watched beside the held-out rows.
     stop: the step after which the run is saved and Paused is raised, unless it is the last: another call goes on.
+    ending: what is evaluated, sampled and saved, where it is no policy that is trained.
     What is raised names the folder in its `result`.
     """
     from palate.run import Run
@@ -242,8 +306,9 @@ def train(
             parents=[{"model": prepared.loaded.name, "identity": prepared.identity}],
         ) as run:
             result = _train(
-                config, run, prepared, say, panel, annotate, dict(facts or {}), better, verdict, retention, stop
-            )
+                config, run, prepared, say, panel, annotate, dict(facts or {}), better, verdict, retention, stop,
+                ending or Ending(),
+            )  # fmt: skip
             run.finish(result)
         if config.report:
             result["summary"].append(f"report     {reported(out)}")
@@ -262,11 +327,12 @@ def train(
         raise
 
 
-def _train(config, run, prepared, say, panel, annotate, facts, better, verdict, retention, stop) -> dict[str, Any]:
+def _train(
+    config, run, prepared, say, panel, annotate, facts, better, verdict, retention, stop, ending
+) -> dict[str, Any]:
     from palate.data.stream import stream
     from palate.distributed import Ranks
     from palate.evaluation.preference import evaluate
-    from palate.model.load import save
     from palate.run import read_lines
     from palate.train import checkpoint
     from palate.train.fit import fit
@@ -320,14 +386,15 @@ def _train(config, run, prepared, say, panel, annotate, facts, better, verdict, 
         retention.begin(run, model, state.step)
 
     def evaluation() -> dict[str, Any]:
-        found = evaluate(model, held, objective, tokens=config.train.tokens) if held else {}
+        measure = ending.evaluate or evaluate
+        found = measure(model, held, objective, tokens=config.train.tokens) if held else {}
         return found | (retention.measure(model, whole=state.step in (0, prepared.steps)) if retention else {})
 
     shown_prompts = [group for group in held if len(group.prompt)][: config.samples]
     if state.step == 0:
         if held or retention:
             run.log({"step": 0} | evaluation() | {"time": time.time()})
-        run.samples(sample_rows(model, tokenizer, shown_prompts, 0))
+        run.samples(ending.sample(model, tokenizer, shown_prompts, 0))
     fifth = max(1, prepared.steps // 5)
     batches = stream(
         groups,
@@ -361,9 +428,8 @@ def _train(config, run, prepared, say, panel, annotate, facts, better, verdict, 
     if state.step < prepared.steps:
         raise Paused(f"paused after step {state.step} of {prepared.steps}", next="the same run with --resume goes on")
     first = [row for row in read_lines(run.path / "samples.jsonl") if row["step"] == 0]
-    run.samples(sample_rows(model, tokenizer, shown_prompts, state.step, first))
-    if not (run.path / "model").exists():
-        save(model, tokenizer, run.path / "model")
+    run.samples(ending.sample(model, tokenizer, shown_prompts, state.step, first))
+    facts = facts | ending.save(run, model, tokenizer, held)
     evals = [line for line in run.metrics() if "eval/loss" in line]
     before, after = (_evals(evals[0]), _evals(evals[-1])) if evals else ({}, {})
     is_better, sentence = verdict(before, after)
@@ -383,7 +449,7 @@ def _train(config, run, prepared, say, panel, annotate, facts, better, verdict, 
             f"verdict    {sentence}",
             *(retention_lines(kept["retention"]) if kept else []),
             f"model      {run.path / 'model'}",
-            f"next       palate generate --model {run.path} --data PROMPTS --out FILE · palate runs show {run.path}",
+            f"next       {ending.next.format(run=run.path)} · palate runs show {run.path}",
         ],
     }
 
@@ -432,30 +498,3 @@ def _evals(line: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _no_panel(total: int) -> Iterator[Callable]:
     yield lambda line: None
-
-
-def sample_rows(model, tokenizer, groups, step: int, before: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
-    """Rows for samples.jsonl: the groups' prompts completed as the model is now (temperature 0.7, a fixed seed).
-
-    before: the rows of step 0, whose completions stand beside these.
-    """
-    from palate.data.tokens import end_tokens
-    from palate.sampling.generate import generate, text_of
-
-    if not groups:
-        return []
-    prompts = [group.prompt for group in groups]
-    made = generate(model, tokenizer, prompts, max_tokens=64, temperature=0.7, seed=0, end_ids=end_tokens(tokenizer))
-    rows = []
-    for number, sample in enumerate(made):
-        text = text_of(sample, prompts[sample.prompt], tokenizer)
-        rows.append(
-            {
-                "step": step,
-                "prompt": tokenizer.decode(prompts[sample.prompt].tolist()),
-                "before": before[number]["before"] if before else text,
-                "after": text if before else None,
-                "scores": {"logp": sample.logp, "tokens": len(sample.ids), "finished": sample.finished},
-            }
-        )
-    return rows

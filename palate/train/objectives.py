@@ -16,15 +16,17 @@ from palate.data.batch import (
     FeedbackBatch,
     PairBatch,
     RankedBatch,
+    RewardBatch,
     TokenBatch,
     collate_feedback,
     collate_pairs,
     collate_rankings,
+    collate_rewards,
 )
 from palate.data.batch import collate as collate_tokens
 from palate.distributed import Ranks
-from palate.losses import FeedbackLogps, PairLogps, RankedLogps
-from palate.scoring import Numerics, SequenceLogps, logps
+from palate.losses import FeedbackLogps, PairLogps, PairRewards, RankedLogps
+from palate.scoring import Numerics, SequenceLogps, logps, reward_bias, scalars
 from palate.tally import Tally
 
 
@@ -36,6 +38,7 @@ class Outcome:
     row_losses: per unit, for naming rows; nan where a log-prob is not finite, whatever the loss makes of it.
     log_ratio: (S,) policy minus reference of every completion, nats, for the check at the start, and length: (S,) their
     scored tokens. start_losses: per unit, the loss if the policy were the reference, where there is one.
+    margins: (P,) of pairs of rewards, in the order of the batch.
     """
 
     loss: Tally
@@ -44,6 +47,7 @@ class Outcome:
     log_ratio: Tensor | None = None
     length: Tensor | None = None
     start_losses: Tensor | None = None
+    margins: Tensor | None = None
     sources: tuple[Any, ...] = ()
 
 
@@ -241,11 +245,51 @@ class Imitation(_Loss):
         )
 
 
+@dataclass(frozen=True)
+class Rewards(_Loss):
+    """A reward model on pairs: the mean over the pairs of a prompt, then over prompts.
+
+    Source: Ouyang et al. 2022, arXiv:2203.02155, eq. 1: all pairs of one prompt are one element of the batch.
+    """
+
+    collate = staticmethod(collate_rewards)
+
+    def __call__(self, model, batch: RewardBatch, context=None) -> Outcome:
+        """Summed loss over the batch's prompts; rewards, margins, accuracies over its pairs."""
+        numerics = self.numerics or Numerics.of(model)
+        rewards = scalars(model, batch.batch, numerics=numerics) + reward_bias(model)
+        better, worse = rewards[batch.chosen], rewards[batch.rejected]
+        values = losses.LOSSES[self.name](PairRewards(better, worse, batch.margin), **self.options)
+        chosen, rejected = better.detach(), worse.detach()
+        margin = chosen - rejected
+        return Outcome(
+            loss=Tally((values * batch.weight).sum(), batch.units),
+            metrics={
+                "rewards/chosen": _tally(chosen),
+                "rewards/rejected": _tally(rejected),
+                "rewards/margins": _tally(margin),
+                "rewards/accuracies": _tally(margin > 0),
+                "rewards/ties": _tally(margin == 0),
+                "length/chosen": _tally(batch.length[batch.chosen]),
+                "length/rejected": _tally(batch.length[batch.rejected]),
+            },
+            row_losses=_marked(values, chosen, rejected),
+            margins=margin,
+            sources=tuple(batch.batch.sources[i] for i in batch.chosen.tolist()),
+        )
+
+
 def objective(
     name: str, numerics: "Numerics | None" = None, **options
-) -> Pairwise | Ranked | SingleFeedback | Imitation:
+) -> Pairwise | Ranked | SingleFeedback | Imitation | Rewards:
     """The objective of a registered loss. Raises ValueError for an unknown loss or option, naming what there is."""
-    kinds = {"pairwise": Pairwise, "ranked": Ranked, "feedback": SingleFeedback, "demonstration": Imitation}
+    kinds = {
+        "pairwise": Pairwise,
+        "ranked": Ranked,
+        "feedback": SingleFeedback,
+        "demonstration": Imitation,
+        "reward": Rewards,
+    }
     options = losses.check_options(name, options)
     return kinds[losses.info(name).kind](name, options, numerics)
 
@@ -262,6 +306,11 @@ def feedback(name: str = "kto", numerics: "Numerics | None" = None, **options) -
 
 def ranked(name: str = "plackett_luce", numerics: "Numerics | None" = None, **options) -> Ranked:
     """An objective on ranked lists."""
+    return objective(name, numerics, **options)
+
+
+def reward(name: str = "bradley_terry", numerics: "Numerics | None" = None, **options) -> Rewards:
+    """The objective of a reward model: `reward("bradley_terry", centring=0.01)`."""
     return objective(name, numerics, **options)
 
 

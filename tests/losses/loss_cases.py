@@ -6,6 +6,7 @@ from decimal import Decimal
 
 import torch
 
+from oracles import bradley_terry as bradley_terry_oracle
 from oracles import (
     cdpo,
     cpo,
@@ -23,7 +24,7 @@ from oracles import (
     tulu3,
 )
 from oracles.numbers import Pair, slope
-from palate.losses import DemonstrationLogps, FeedbackLogps, PairLogps, RankedLogps, info
+from palate.losses import DemonstrationLogps, FeedbackLogps, PairLogps, PairRewards, RankedLogps, info
 
 PAIRWISE = {
     "dpo": cdpo.loss,
@@ -44,6 +45,7 @@ TRAINED = {
     "ranked": ("total",),
     "feedback": ("completion",),
     "demonstration": ("total",),
+    "reward": ("chosen", "rejected"),
 }
 OPTIONS = {  # how to draw each option
     "beta": lambda rng: 10 ** rng.uniform(-2, 0.7),
@@ -55,6 +57,8 @@ OPTIONS = {  # how to draw each option
     "gamma": lambda rng: rng.choice([0.0, rng.uniform(0, 4)]),
     "desirable_weight": lambda rng: rng.uniform(0, 2),
     "undesirable_weight": lambda rng: rng.uniform(0, 2),
+    "margin": lambda rng: rng.choice([0.0, rng.uniform(0, 2)]),
+    "centring": lambda rng: rng.choice([0.0, rng.uniform(0, 0.1)]),
 }
 
 
@@ -146,6 +150,15 @@ def draw(name: str, rng: random.Random, rows: int) -> Case:
         given = [kto.Marked(Decimal(row[0]), Decimal(row[1]), row[2]) for row in marked]
         slopes = {"completion": [slope(oracle, row, "completion") for row in given]}
         return Case(logps, options, [oracle(row) for row in given], slopes)
+    if kind == "reward":
+        rows_of = [(rng.gauss(0, 3), rng.gauss(0, 3), rng.uniform(0, 3)) for _ in range(rows)]
+
+        def oracle(row):
+            return bradley_terry_oracle.loss(row, **exact)
+
+        given = [bradley_terry_oracle.Rewarded(*map(Decimal, row)) for row in rows_of]
+        slopes = {column: [slope(oracle, row, column) for row in given] for column in TRAINED[kind]}
+        return Case(tensors(PairRewards, rows_of), options, [oracle(row) for row in given], slopes)
     sequences = [(draw_logp(rng), rng.randint(1, 60)) for _ in range(rows)]
     values = [maximum_likelihood.loss(Decimal(total)) for total, _ in sequences]
     return Case(tensors(DemonstrationLogps, sequences), options, values, {"total": [Decimal(-1)] * rows})
@@ -154,7 +167,9 @@ def draw(name: str, rng: random.Random, rows: int) -> Case:
 def frozen_columns(logps) -> list[torch.Tensor]:
     """The floating columns into which no gradient may flow."""
     trained = TRAINED[
-        {PairLogps: "pairwise", RankedLogps: "ranked", FeedbackLogps: "feedback"}.get(type(logps), "demonstration")
+        {PairLogps: "pairwise", RankedLogps: "ranked", FeedbackLogps: "feedback", PairRewards: "reward"}.get(
+            type(logps), "demonstration"
+        )
     ]
     columns = [getattr(logps, field.name) for field in fields(logps) if field.name not in trained]
     return [column for column in columns if column is not None and column.is_floating_point()]

@@ -15,6 +15,7 @@ from palate.losses import (
     DemonstrationLogps,
     FeedbackLogps,
     PairLogps,
+    PairRewards,
     RankedLogps,
     check_options,
     info,
@@ -48,6 +49,7 @@ def test_the_losses_and_their_options():
         "plackett_luce": {"beta": 0.1},
         "kto": {"beta": 0.1, "desirable_weight": 1, "undesirable_weight": 1},
         "completion_nll": {},
+        "bradley_terry": {"margin": 0, "centring": 0},
     }
     assert {name: info(name).options for name in expected} == expected
     assert set(EVERY) >= set(expected)
@@ -113,6 +115,8 @@ def test_finite_at_log_ratios_of_ten_thousand(name, dtype):
             own = tensors(FeedbackLogps, rows, dtype)
             far = torch.tensor([0.0, 0.0], dtype=dtype)
             logps = replace(own, mismatched=far, reference_mismatched=far - 1e4)
+        elif kind == "reward":
+            logps = tensors(PairRewards, [(a, b, 1.0) for a, b in itertools.product(grid, repeat=2)], dtype)
         else:
             logps = tensors(DemonstrationLogps, [(value, 3) for value in grid], dtype)
         values = LOSSES[name](logps, **options)
@@ -255,7 +259,9 @@ def test_messages_are_plain():
     assert str(error.value) == 'loss "completion_nll" has no option "beta". It takes none'
     with pytest.raises(ValueError, match="true or false, not 1"):
         check_options("ipo", {"average": 1})
-    with pytest.raises(ValueError, match=r'there is no loss "dpoo"\. There are: completion_nll, cpo, dpo'):
+    with pytest.raises(
+        ValueError, match=r'there is no loss "dpoo"\. There are: bradley_terry, completion_nll, cpo, dpo'
+    ):
         info("dpoo")
 
 
@@ -294,6 +300,8 @@ def test_columns_that_would_broadcast_are_refused():
         lambda: FeedbackLogps(one, one, torch.ones(3, dtype=torch.bool), None, one, torch.zeros(2)),
         lambda: FeedbackLogps(one, one, torch.ones(3, dtype=torch.bool), None, torch.zeros(0), torch.zeros(0)),
         lambda: DemonstrationLogps(one, column),
+        lambda: PairRewards(one, column),
+        lambda: PairRewards(one, one, torch.zeros(1)),
     ]:
         with pytest.raises(ValueError):
             bad()
@@ -304,7 +312,7 @@ def test_facts():
     assert not is_normalised("ipo", {"average": False})
     assert reward_scale("dpo", {"beta": 0.3}) == 0.3 and reward_scale("dpo") == 0.1
     assert reward_scale("ipo") == reward_scale("unlikelihood") == 1.0
-    assert {info(name).kind for name in EVERY} == {"pairwise", "ranked", "feedback", "demonstration"}
+    assert {info(name).kind for name in EVERY} == {"pairwise", "ranked", "feedback", "reward", "demonstration"}
     for name in EVERY:
         facts = info(name)
         assert facts.name == name and facts.paper and "Source:" in LOSSES[name].__doc__

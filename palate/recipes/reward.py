@@ -1,0 +1,253 @@
+"""Preference pairs to a reward model: a scalar head on the decoder, trained by Bradley-Terry.
+
+Rewards are normalised before training and after it: on samples of the starting model they have mean 0 and deviation 1,
+so that one KL coefficient means the same thing for every reward model (Ziegler et al. 2019, arXiv:1909.08593, 2.2).
+"""
+
+import math
+from dataclasses import replace
+from functools import partial
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from palate.errors import ModelError, UsageError
+from palate.recipes.plan import dry_run
+from palate.recipes.retain import spread
+from palate.recipes.training import Ending, TrainingConfig, open_folder, prepare, train
+from palate.recipes.verbs import number, stderr
+
+SAMPLES = "normalise.json"
+MOST_TOKENS = 128  # of a sample that rewards are normalised on
+
+
+class RewardConfig(TrainingConfig):
+    """Options of `palate reward`."""
+
+    margin: Annotated[
+        float, Field(ge=0, lt=math.inf, description="Factor on the data's column margin, which rewards must differ by")
+    ] = 0.0
+    centring: Annotated[
+        float,
+        Field(ge=0, lt=math.inf, description="Weight of (chosen + rejected reward) squared; holds rewards at zero"),
+    ] = 0.0
+    normalise: Annotated[
+        int, Field(ge=2, description="Samples of the starting model on which rewards get mean 0 and deviation 1")
+    ] = 256
+    samples: Annotated[int, Field(ge=0, description="Held-out pairs in the result, those it gets most wrong")] = 4
+
+
+def run(
+    config: RewardConfig, *, verb: str = "reward", argv=(), say=stderr, panel=None, stop: int | None = None
+) -> dict[str, Any]:
+    """Trains a reward model from --model on the pairs or ranked lists of --data; returns the result object of --json.
+
+    stop: as for `train`.
+    """
+    from palate.data.sources import read_pairs
+    from palate.data.tokens import without_signal
+    from palate.train.objectives import reward
+
+    out, ended = open_folder(config, verb, say)
+    if ended is not None:
+        return ended
+    policy: list[Any] = []  # what the reward model is built from, for sampling; it shares its weights
+    prepared = prepare(
+        config,
+        partial(read_pairs, columns=config.columns or None, format=config.format, bad_rows=config.bad_rows),
+        lambda numerics: reward("bradley_terry", numerics, margin=config.margin, centring=config.centring),
+        usable=lambda group: "pairs without signal" if without_signal(group) else None,
+        say=say,
+        built=partial(with_head, config, policy),
+    )
+    check_margins(config, [*prepared.rows.train, *prepared.rows.held])
+    if config.dry_run:
+        return dry_run(config, prepared, say)
+    watched: list[Any] = []  # the samples, once they are drawn
+    return train(
+        config,
+        verb,
+        out,
+        prepared,
+        argv=argv,
+        say=say,
+        panel=panel,
+        annotate=partial(begin, config, prepared, policy, watched, say),
+        better="-eval/loss",
+        verdict=verdict,
+        stop=stop,
+        ending=Ending(
+            evaluate=evaluate,
+            sample=lambda *_: [],
+            save=partial(finish, config, prepared, watched, say),
+            next="palate compare A B --data PROMPTS --judge {run}",
+        ),
+    )
+
+
+def with_head(config: RewardConfig, policy: list, loaded):
+    """The loaded model with a head of one number in place of its own; the old one, of the same weights, in `policy`."""
+    from palate.data.tokens import end_tokens
+    from palate.model.heads import set_pad, with_scalar_head
+
+    policy.append(loaded.model)
+    model = with_scalar_head(loaded.model, seed=config.seed)
+    set_pad(model, loaded.tokenizer, end_tokens(loaded.tokenizer))
+    return replace(loaded, model=model)
+
+
+def check_margins(config: RewardConfig, groups) -> None:
+    """Nothing, where --margin has margins to count, one of every pair; else UsageError (E316)."""
+    without = sum(group.margin is None for group in groups)
+    if config.margin and without:
+        what = f"has no effect on the {without} of {len(groups)} rows that have no number in a column margin"
+        raise UsageError(
+            what, where="margin", code="E316", next="drop it, or name the column with --columns margin=NAME"
+        )
+
+
+def begin(config: RewardConfig, prepared, policy: list, watched: list, say, run, train, held):
+    """The samples that rewards are normalised on, drawn once and kept in the run; the head brought to their scale."""
+    from palate.files import read_json, write_json
+    from palate.model.heads import scale_head
+
+    path = run.path / SAMPLES
+    if not path.exists():
+        write_json(path, draw(config, prepared.loaded.tokenizer, policy.pop(), [*train, *held]))
+    policy.clear()
+    watched += as_groups(read_json(path))
+    model = prepared.loaded.model
+    mean, deviation = moments(config, prepared, watched)
+    scale_head(model, 1 / deviation)
+    model.config.reward_bias = -mean / deviation
+    say(f"normalise: on {len(watched)} samples of {prepared.loaded.name} rewards begin with mean 0 and deviation 1")
+    return train, held, {}, None
+
+
+def draw(config: RewardConfig, tokenizer, policy, groups) -> list[dict[str, list[int]]]:
+    """Ids of --normalise samples at temperature 1 and of their prompts; the data's own where it has no prompts."""
+    from palate.data.tokens import end_tokens
+    from palate.sampling.generate import generate
+
+    prompts = list({group.prompt.tobytes(): group.prompt for group in groups if len(group.prompt)}.values())
+    if not prompts:
+        rows = [{"prompt": [], "ids": ids.tolist()} for group in groups for ids in group.completions]
+        return spread(rows, config.normalise)
+    prompts = spread(prompts, config.normalise)
+    longest = max(len(ids) for group in groups for ids in group.completions)
+    made = generate(
+        policy,
+        tokenizer,
+        prompts,
+        max_tokens=min(longest, MOST_TOKENS),
+        samples=-(-config.normalise // len(prompts)),
+        seed=config.seed,
+        end_ids=end_tokens(tokenizer),
+    )
+    rows = [{"prompt": prompts[one.prompt].tolist(), "ids": one.ids.tolist()} for one in made]
+    return spread(rows, config.normalise)
+
+
+def as_groups(rows: list[dict[str, list[int]]]) -> list:
+    """The rows of `draw` as groups of one completion."""
+    import numpy as np
+
+    from palate.data.tokens import TokenGroup
+
+    def array(ids):
+        return np.array(ids, dtype=np.int32)
+
+    return [TokenGroup(array(r["prompt"]), (array(r["ids"]),), (((0, len(r["ids"])),),)) for r in rows]
+
+
+def moments(config: RewardConfig, prepared, groups) -> tuple[float, float]:
+    """Mean and deviation of what the head says of the groups' completions, `reward_bias` left out.
+
+    Raises ModelError (E412) where it says the same of all of them, or nothing finite.
+    """
+    import numpy as np
+
+    from palate.scoring import reward_bias, rewards
+
+    model = prepared.loaded.model
+    found = rewards(model, groups, numerics=prepared.objective.numerics, tokens=config.train.tokens)
+    values = np.array(found) - reward_bias(model)
+    mean, deviation = float(values.mean()), float(values.std())
+    if not (math.isfinite(deviation) and deviation > 1e-9 * max(1.0, abs(mean))):
+        what = f"the rewards of {len(groups)} samples of the starting model have deviation {deviation:g}"
+        raise ModelError(
+            what, where=prepared.loaded.name, code="E412", next="take more --normalise samples, or lower --lr"
+        )
+    return mean, deviation
+
+
+def evaluate(model, held, objective, *, tokens: int) -> dict[str, Any]:
+    """The numbers of every evaluation, and how sure the model may be: accuracy by margin, slope, and error.
+
+    `eval/calibration`: parts of equal size by margin; `eval/by_margin`: by the data's margin, where there is one.
+    """
+    import torch
+
+    from palate.evaluation import calibration
+    from palate.evaluation.preference import evaluate
+
+    outcomes: list[Any] = []
+    found = evaluate(model, held, objective, tokens=tokens, seen=outcomes.append)
+    margins = torch.cat([outcome.margins for outcome in outcomes]).tolist()
+    curve = calibration.calibration(margins)
+    found |= {
+        "eval/calibration": curve,
+        "eval/calibration_error": calibration.calibration_error(curve),
+        "eval/calibration_slope": calibration.calibration_slope(margins),
+    }
+    said = [group.margin for group in held for _ in group.preferences]
+    return found if None in said else found | {"eval/by_margin": calibration.accuracy_by(margins, said)}
+
+
+def finish(config: RewardConfig, prepared, watched: list, say, run, model, tokenizer, held) -> dict[str, Any]:
+    """Writes `model/`, its rewards normalised again, and gives the facts of the result."""
+    from palate.model.reward import save_reward
+
+    mean, deviation = moments(config, prepared, watched)
+    gain, bias = 1 / deviation, -mean / deviation
+    save_reward(model, tokenizer, run.path / "model", gain=gain, bias=bias)
+    say(f"normalise: rewards of these samples had mean {mean:.3g}, deviation {deviation:.3g}, are saved with 0 and 1")
+    facts = {"reward_scale": deviation, "reward_bias": bias, "normalised_on": len(watched)}
+    return facts | {"examples": examples(config, prepared, held, gain, bias)}
+
+
+def examples(config: RewardConfig, prepared, held, gain: float, bias: float) -> list[dict[str, Any]]:
+    """The held-out pairs that the model gets most wrong, the worst first, with their rewards as `model/` gives them."""
+    from palate.data.tokens import decode_completion
+    from palate.scoring import reward_bias, rewards
+
+    model, tokenizer = prepared.loaded.model, prepared.loaded.tokenizer
+    values = iter(rewards(model, held, numerics=prepared.objective.numerics, tokens=config.train.tokens))
+    shift, rows = reward_bias(model), []
+    for group in held:
+        found = [gain * (next(values) - shift) + bias for _ in group.completions]
+        rows += [(found[better] - found[worse], found, group, (better, worse)) for better, worse in group.preferences]
+    rows.sort(key=lambda row: row[0])
+    return [
+        {"prompt": tokenizer.decode(group.prompt.tolist())}
+        | {
+            side: decode_completion(tokenizer, group.prompt, group.completions[k])
+            for side, k in zip(("chosen", "rejected"), pair, strict=True)
+        }
+        | {"rewards": [found[k] for k in pair]}
+        for _, found, group, pair in rows[: config.samples]
+    ]
+
+
+def verdict(before: dict, after: dict) -> tuple[bool, str]:
+    """Better: the interval of held-out accuracy lies above one half, which chance reaches."""
+    key = "eval/rewards/accuracies"
+    if after.get(key) is None:
+        return False, "no held-out pairs, so nothing is shown"
+    low, high = after[f"{key}_low"], after[f"{key}_high"]
+    word = "better" if low > 0.5 else "worse" if high < 0.5 else "not shown to be better"
+    return low > 0.5, (
+        f"{word} than chance: the chosen completion has the larger reward in {after[key]:.1%} [{low:.1%}, {high:.1%}] "
+        f"of the held-out pairs; loss {number(before['eval/loss'])} to {number(after['eval/loss'])}, calibration slope "
+        f"{number(after['eval/calibration_slope'], '.2f')} (1: as sure as it may be)"
+    )

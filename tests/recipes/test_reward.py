@@ -1,0 +1,125 @@
+"""Reward models from end to end: what a run leaves, what plain transformers and a judge read from it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs_kit import chats, metrics, pairs, rankings, write_rows
+
+SMALL = dict(batch=4, steps=4, device="cpu", lr=1e-3, normalise=16)
+
+
+def reload(folder: Path):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+CASES = {
+    "pairs": (pairs, {}),
+    "chat": (chats, {"model": "chatty"}),
+    "rankings": (rankings, {}),
+    "lora": (pairs, {"lora_rank": 4}),
+    "bfloat16": (pairs, {"precision": "bfloat16"}),
+    "checkpointing": (pairs, {"train__checkpointing": True, "centring": 0.1}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_from_end_to_end(case, palate, tiny, chatty, tmp_path):
+    from palate.sampling.judge import Completion, open_judge
+
+    rows, options = CASES[case]
+    options = dict(options)
+    model = {"tiny": tiny, "chatty": chatty}[options.pop("model", "tiny")]
+    data, held = write_rows(tmp_path / "data.jsonl", list(rows(24))[:18]), list(rows(24))[18:]
+    held = write_rows(tmp_path / "held.jsonl", held)
+    result = palate.ok("reward", model=model, data=data, eval=held, out="run", **SMALL, **options)
+    run = Path("run")
+    assert (result["verb"], result["steps"], result["normalised_on"]) == ("reward", 4, 16)
+    assert not (run / "samples.jsonl").exists() and not (run / "adapter").exists()
+    table = metrics(run)
+    assert [line["step"] for line in table if "loss" in line] == [1, 2, 3, 4]
+    evals = [line for line in table if "eval/loss" in line]
+    assert evals[0]["step"] == 0 and evals[-1]["step"] == 4
+    assert sum(part["count"] for part in evals[-1]["eval/calibration"]) == (12 if case == "rankings" else 6)
+    # plain transformers gives what the judge says
+    loaded, tokenizer = reload(run / "model")
+    config = loaded.config
+    assert config.num_labels == 1 and config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert config.reward_bias == result["reward_bias"] and config.reward_scale == pytest.approx(result["reward_scale"])
+    judge = open_judge("run")
+    if case != "chat":
+        prompts, texts = ["Say red 3:", "Say blue:"], [" yes red", " no"]
+        plain = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+        end = [tokenizer.eos_token_id]
+        ids = [tokenizer(p)["input_ids"] + plain(t) + end for p, t in zip(prompts, texts, strict=True)]
+        with torch.no_grad():
+            alone = [float(loaded(torch.tensor([row])).logits[0, 0]) + config.reward_bias for row in ids]
+            width = max(map(len, ids))
+            padded = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in ids])
+            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids])
+            together = loaded(padded, attention_mask=mask).logits[:, 0] + config.reward_bias
+        assert judge.scores(prompts, [Completion(text) for text in texts]) == pytest.approx(alone, abs=1e-6)
+        assert together.tolist() == pytest.approx(alone, abs=1e-5)
+    # samples of the starting model have mean 0 and deviation 1
+    rows = json.loads((run / "normalise.json").read_text())
+    with torch.no_grad():
+        values = [float(loaded(torch.tensor([r["prompt"] + r["ids"]])).logits[0, 0]) + config.reward_bias for r in rows]
+    slack = 0.05 if case == "bfloat16" else 1e-4
+    assert np.mean(values) == pytest.approx(0, abs=slack)
+    assert np.std(values) == pytest.approx(1, abs=slack)
+    # what it gets most wrong, with the rewards of the saved model
+    worst = result["examples"]
+    assert len(worst) == 4
+    gaps = [row["rewards"][0] - row["rewards"][1] for row in worst]
+    assert gaps == sorted(gaps)
+
+
+def test_margins_of_the_data(palate, tiny, tmp_path):
+    rows = [row | {"margin": n % 4} for n, row in enumerate(pairs(24))]
+    data = write_rows(tmp_path / "data.jsonl", rows)
+    held = write_rows(tmp_path / "held.jsonl", [row | {"prompt": "Now " + row["prompt"]} for row in rows[:8]])
+    options = dict(model=tiny, eval=held) | SMALL | {"steps": 2}
+    plain = palate.ok("reward", data=data, out="plain", **options)
+    with_margin = palate.ok("reward", data=data, out="margin", margin=0.5, **options)
+    assert [part["said"] for part in plain["after"]["eval/by_margin"]] == [0, 1, 2, 3]
+    assert sum(part["count"] for part in plain["after"]["eval/by_margin"]) == 8
+    assert metrics("plain")[1]["loss"] != metrics("margin")[1]["loss"]
+    assert with_margin["after"]["eval/loss"] != plain["after"]["eval/loss"]
+    renamed = [{"gap" if key == "margin" else key: value for key, value in row.items()} for row in rows]
+    other = write_rows(tmp_path / "gap.jsonl", renamed)
+    palate.ok("reward", data=other, out="gap", margin=0.5, columns="margin=gap", **(options | {"eval": "none"}))
+    palate("reward", data=other, out="none", margin=0.5, **options)
+    assert palate.code == 2 and "margin" in palate.said and not Path("none").exists()
+
+
+def test_a_dry_run_writes_nothing(palate, tiny, tmp_path):
+    data = write_rows(tmp_path / "data.jsonl", pairs(24))
+    result = palate.ok("reward", model=tiny, data=data, out="run", dry_run=True, **SMALL)
+    assert any("bradley_terry" in line for line in result["plan"])
+    assert not Path("run").exists()
+
+
+def test_other_verbs_refuse_its_loss_and_it_refuses_their_data(palate, tiny, tmp_path):
+    data = write_rows(tmp_path / "data.jsonl", pairs(24))
+    palate("dpo", model=tiny, data=data, loss="bradley_terry", out="run")
+    assert palate.code == 2 and "palate reward" in palate.said
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
+    palate("reward", model=tiny, data=rows, out="run")
+    assert palate.code == 3 and not Path("run").exists()
+
+
+def test_a_finished_run_is_left_alone_and_its_page_can_be_written(palate, tiny, tmp_path):
+    data = write_rows(tmp_path / "data.jsonl", pairs(24))
+    palate.ok("reward", model=tiny, data=data, out="run", **SMALL)
+    before = (Path("run") / "model" / "model.safetensors").read_bytes()
+    result = palate.ok("reward", model=tiny, data=data, out="run", resume=True, **SMALL)
+    assert result["normalised_on"] == 16
+    assert (Path("run") / "model" / "model.safetensors").read_bytes() == before
+    palate.ok("report", "run")
+    palate("generate", model="run", data=data, out="out.jsonl")
+    assert palate.code == 3
