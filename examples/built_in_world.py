@@ -36,13 +36,20 @@ def demo(args, keep) -> None:
 
 
 def control(args, keep) -> None:
-    """Training on swapped labels: chosen taken for rejected."""
+    """Training on swapped labels: chosen for rejected; the held-out pairs are as they are."""
+    from palate import builtin
+
+    args.work.mkdir(parents=True, exist_ok=True)
+    swapped = args.work / "swapped.jsonl"
+    with builtin.data_file("reviews").open(encoding="utf-8") as rows, swapped.open("w", encoding="utf-8") as file:
+        for row in map(json.loads, rows):
+            file.write(json.dumps(row | {"chosen": row["rejected"], "rejected": row["chosen"]}) + "\n")
     for seed in args.seeds or SEEDS[:1]:
         began = time.perf_counter()
         out = args.work / f"swapped {seed}"
         trained = palate(
-            *("dpo", "--model", "builtin:tiny", "--data", "builtin:reviews", "--eval", "builtin:reviews/heldout"),
-            *("--columns", "chosen=rejected,rejected=chosen", "--beta", 0.3, "--lr", 3e-4, "--steps", args.steps),
+            *("dpo", "--model", "builtin:tiny", "--data", swapped, "--eval", "builtin:reviews/heldout"),
+            *("--beta", 0.5, "--lr", 2e-4, "--steps", args.steps),
             *("--seed", seed, "--eval-every", args.steps, "--save-every", args.steps, "--out", out),
         )
         found = palate(

@@ -18,8 +18,8 @@ from palate.errors import UsageError
 from palate.recipes.verbs import Say, stderr
 
 MODEL, DATA, HELD = "builtin:tiny", "builtin:reviews", "builtin:reviews/heldout"
-BETA, RATE, BATCH, TOKENS = 0.3, 3e-4, 64, 4096
-FEWEST, MOST = 12, 150  # steps: fewer teach too little, more are not needed
+BETA, RATE, BATCH, TOKENS = 0.5, 2e-4, 64, 4096
+FEWEST, MOST = 12, 100  # steps: fewer teach too little, more are not needed
 LONGEST = 96  # tokens of a completion; the longest reviews of this world have some 80
 TRIED = 96  # pairs of the trial that the plan is made from
 
