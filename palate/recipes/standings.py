@@ -93,35 +93,47 @@ def table_lines(cells: list[Cell], key: str, best: Cell) -> list[str]:
             for row in rows]  # fmt: skip
 
 
-def draw(path: Path, cells: list[Cell], key: str, best: Cell) -> None:
-    """The held-out metric of every cell against its steps, as an SVG of always the same bytes."""
-    import io
+# colours that the colour-blind tell apart: Okabe and Ito 2008; the cells beyond them are grey
+_INKS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
-    import matplotlib
+
+def draw(path: Path, cells: list[Cell], key: str) -> None:
+    """The held-out number of every cell against its steps, best first in the legend; an SVG of always the same bytes.
+
+    Step 0 is left out: there policy and reference agree, so that every pair is a tie.
+    """
+    import io
+    import logging
+
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # a home that cannot be written is no news
+    from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     from palate.files import write_bytes
 
-    with matplotlib.rc_context({"svg.hashsalt": "palate", "svg.fonttype": "none", "font.family": "sans-serif"}):
-        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "sweep", "font.family": "sans-serif", "font.size": 9}):
+        figure = Figure(figsize=(8.4, 4.2), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
-        for cell in cells:
-            points = [(step, value) for step, value in cell.curve if value is not None]
+        for place, cell in enumerate(in_order(cells, key)):
+            points = [(step, value) for step, value in cell.curve if step and value is not None]
             if not points:
                 continue
-            style = {"best": ("#0b6e99", 2.2, 3), "done": ("#c2703d", 1.4, 2)}
-            colour, width, order = style.get("best" if cell is best else cell.state, ("#9a9a9a", 0.9, 1))
-            steps, values = zip(*points, strict=True)
-            axes.plot(steps, values, color=colour, linewidth=width, zorder=order, marker="o", markersize=2.5)
-            if cell.state == "done":
-                axes.annotate(cell.name, points[-1], xytext=(-4, 5), textcoords="offset points", ha="right", fontsize=8,
-                              color=colour)  # fmt: skip
+            ink = _INKS[place] if place < len(_INKS) else "#a6a6a6"
+            thick, label = 2.2 if place == 0 else 1.1, cell.name if place < 20 else None
+            axes.plot(*zip(*points, strict=True), color=ink, linewidth=thick, zorder=len(cells) - place, marker="o",
+                      markersize=3, label=label)  # fmt: skip
         axes.set_xlabel("step")
         axes.set_ylabel(f"held-out {key.removeprefix('eval/')}")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        if key.endswith("accuracies"):
+            axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+        if axes.lines:
+            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     write_bytes(path, buffer.getvalue())

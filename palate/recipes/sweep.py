@@ -241,7 +241,7 @@ def _sweep(config, run, inner: str, cells: list[Cell], argv, say: Say) -> dict[s
             alive = [cell for cell in cells if cell in best_first[:goes_on]]
     best = best_first[0]
     standings = _write(config, run, cells, best)
-    draw(run.path / "sweep.svg", cells, key, best)
+    draw(run.path / "sweep.svg", cells, key)
     share, scored = standings["compute_share"], sum(cell.facts.get("reference_scored", 0) for cell in cells)
     verdict, model = f"{best.name}: {best.facts['verdict']}", run.path / "cells" / best.name / "model"
     return {
