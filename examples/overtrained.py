@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 COMMON = {"model": "builtin:tiny", "data": "builtin:reviews", "eval": "builtin:reviews/heldout", "device": "cpu"}
-# name: (verb, options). The automatic rate is 2e-4 here; one epoch is 38 steps of 64 pairs (KTO: 75 of 64 completions).
+COMMON |= {"eval-every": 1000, "save-every": 1000}  # at the start and the end
+# name: (verb, options). The automatic rate is 2e-4 here; an epoch is 38 steps of 64 pairs (KTO: 75 of 64 completions).
 HEALTHY = {
     "dpo, beta 0.1, lr 1e-4": ("dpo", {"beta": 0.1, "lr": 1e-4}),
     "dpo, beta 0.3": ("dpo", {"beta": 0.3}),
@@ -33,7 +34,7 @@ OVERTRAINED = {
     "dpo, beta 0.01, lr 1e-3": ("dpo", {"beta": 0.01, "lr": 1e-3}),
     "dpo, beta 0.03, 20 epochs of 200 pairs": (
         "dpo",
-        {"beta": 0.03, "data": "builtin:reviews[:200]", "batch": 32, "epochs": 20},
+        {"beta": 0.03, "data": "builtin:reviews[:200]", "epochs": 20},
     ),
     "dpo, beta 0.1, LoRA 8, lr 1e-1": ("dpo", {"beta": 0.1, "lora-rank": 8, "lr": 1e-1}),
     "ipo, tau 0.01, lr 4e-3": ("dpo", {"loss": "ipo", "loss-options.tau": 0.01, "lr": 4e-3}),
@@ -41,6 +42,8 @@ OVERTRAINED = {
     "simpo, lr 4e-3": ("dpo", {"loss": "simpo", "lr": 4e-3}),
     "kto, beta 0.1, lr 4e-3": ("kto", {"beta": 0.1, "lr": 4e-3}),
 }
+for _, _options in OVERTRAINED.values():  # it takes them no epoch to go wrong
+    _options |= {"batch": 32} | ({} if "epochs" in _options else {"steps": 40})
 KINDS = {"healthy": HEALTHY, "over-trained": OVERTRAINED}
 NUMBERS = {"loss": 2, "drift": 2, "chosen": 2, "distinct-2": 2, "repetition": 2, "finished": 2, "length": 0}
 
@@ -66,8 +69,8 @@ def show(rows) -> str:
     lines = [
         "## What over-training breaks, and whether the flags see it",
         "",
-        "`palate dpo` and `palate kto` on `builtin:tiny` and `builtin:reviews`, one epoch unless said, every setting",
-        "on two seeds: ten healthy settings and ten that over-train. *flagged*: runs with a retention flag or more.",
+        "`palate dpo` and `palate kto` on `builtin:tiny` and `builtin:reviews`, every setting on two seeds:",
+        "ten healthy settings (one epoch) and ten that over-train (40 steps of 32, or as said). *flagged*: runs with a retention flag or more.",
         "Numbers: before, then after (lowest and highest of the seeds). *loss*: nats a token of the demonstrations;",
         "*drift*: nats a token by which the model's own former completions became less likely; *chosen*: nats a token",
         "of the held-out chosen completions; then, over 24 sampled completions, distinct-2, the share of repeated",
