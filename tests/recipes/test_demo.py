@@ -31,10 +31,10 @@ def demo(folder: Path, *argv: str, **environ: str) -> subprocess.CompletedProces
 
 @pytest.mark.slow
 def test_the_demo_ends_better_anywhere(tmp_path):
-    """A path with spaces and umlauts, a home that nobody can write to, no terminal, no network."""
+    """A path with spaces and umlauts, a home where nothing can be written, no terminal, no network."""
     folder, home = tmp_path / "Über uns hier", tmp_path / "home"
     folder.mkdir()
-    home.mkdir(mode=0o500)
+    home.write_text("no folder, so that not even root can write below it")
     made = demo(folder, HOME=str(home), XDG_CACHE_HOME=str(home / "cache"), PALATE_CACHE="", HF_HUB_OFFLINE="1")
     assert made.returncode == 0, made.stderr
     assert "Traceback" not in made.stderr and "Warning" not in made.stderr
@@ -51,7 +51,6 @@ def test_the_demo_ends_better_anywhere(tmp_path):
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "How was the hotel in Alden?"}], tokenize=True,
                                         add_generation_prompt=True, return_tensors="pt", return_dict=True)  # fmt: skip
     assert model.generate(**ids, max_new_tokens=4).shape[1] == ids["input_ids"].shape[1] + 4
-    assert not list(home.iterdir())
 
 
 @pytest.mark.slow
