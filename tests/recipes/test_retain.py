@@ -136,6 +136,25 @@ def test_a_resumed_run_measures_against_its_own_start(palate, tiny, tmp_path, mo
     assert Path("r", FILE).read_bytes() == Path("straight", FILE).read_bytes()
 
 
+HEALTHY = {"dpo": {"beta": 0.3}, "ipo": {"loss": "ipo", "loss_options__tau": 0.3}}
+OVERTRAINED = {"rate": {"beta": 0.1, "lr": 1e-2}, "beta": {"beta": 0.003, "lr": 2e-3}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flagged, name", [*((False, name) for name in HEALTHY), *((True, name) for name in OVERTRAINED)]
+)
+def test_flags_on_the_built_in_world(palate, flagged, name):
+    """A short form of examples/overtrained.py, which has twenty runs of each kind."""
+    options = dict(model="builtin:tiny", data="builtin:reviews[:640]", eval="builtin:reviews/heldout[:100]",
+                   batch=16, steps=40, eval_every=40, device="cpu", samples=0, seed=5)  # fmt: skip
+    result = palate.ok("dpo", out="r", **options | (OVERTRAINED if flagged else HEALTHY)[name])
+    found = result["retention"]
+    assert found["demonstrations"] == 200  # of builtin:demonstrations, without being asked
+    assert found["completions"] == 24
+    assert bool(found["flags"]) == flagged, found
+
+
 def test_which_models_come_from_ours(tmp_path):
     def run(name, parent):
         (tmp_path / name / "model").mkdir(parents=True)
