@@ -52,6 +52,7 @@ VERBS = {
         "The main job on a small built-in model, in minutes: train, compare, report.", "palate.recipes.demo:DemoConfig"
     ),
     "doctor": Verb("Check preference data, and say what to do.", "palate.recipes.doctor:DoctorConfig", ("data",)),
+    "pretrain": Verb("Train on running text, from nothing or onward.", "palate.recipes.pretrain:PretrainConfig"),
     "sft": Verb("Train on demonstrations: completions, conversations or text.", "palate.recipes.sft:SftConfig"),
     "reward": Verb("Train a reward model on preference pairs.", "palate.recipes.reward:RewardConfig"),
     "dpo": Verb(

@@ -14,11 +14,12 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import chain
 from typing import Any
 
 from palate.errors import DataError, MachineError, NotThereError, UsageError
 
-FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 MAX_LINE_BYTES = 16 * 2**20
 MAX_DEPTH = 64
 MAX_DIGITS = 20
@@ -88,7 +89,7 @@ def file_format(path: str, format: str | None = None) -> str:
             f'a name ending in "{shown(ending)}" does not say how to read the file',
             where=shown(path, 400),
             code="E113",
-            next="rename it to .jsonl, .json, .csv or .parquet, or give --format",
+            next="rename it to .jsonl, .json, .csv, .parquet or .txt, or give --format",
         )
     return FORMATS[ending]
 
@@ -114,6 +115,7 @@ class Rows:
         self.count = 0
         self._check_path()
         self.format = file_format(path, format)
+        self._said = format is not None
         self._hash = hashlib.sha256()
         self._seen = 0
         self._json = _Json()
@@ -133,6 +135,7 @@ class Rows:
             before = _mark(os.fstat(handle.fileno()))
             self._check_start(handle.peek(64)[:64])
             read = {"jsonl": self._jsonl, "json": self._json_array, "csv": self._csv, "parquet": self._parquet}
+            read["text"] = self._documents
             try:
                 yield from read[self.format](handle)
             except OSError as error:
@@ -308,6 +311,35 @@ class Rows:
                     "E110", f"the last line is cut ({problem.what}): file truncated?", "copy the file again"
                 )
             return Row(number, raw, problem=problem)
+
+    def _documents(self, handle: io.BufferedReader) -> Iterator[Row]:
+        """Plain text: what stands between blank lines is a document, a row with one column, "text"."""
+        held: list[bytes] = []
+        first = start = size = 0
+        for number, offset, line in chain(self._lines(handle), [(0, 0, b"")]):
+            if line.strip():
+                if not held:
+                    first, start, size = number, offset, 0
+                held.append(line)
+                size += len(line)
+                if size > MAX_LINE_BYTES:
+                    what = f"the document is longer than {MAX_LINE_BYTES >> 20} MiB"
+                    raise self._refused("E114", what, "put a blank line between documents", first)
+            elif held:
+                if self._wanted():
+                    yield self._document(first, start, b"".join(held).rstrip(b"\r\n"))
+                held = []
+
+    def _document(self, number: int, offset: int, raw: bytes) -> Row:
+        line = raw.split(b"\n")[0]
+        if not self._said and self._seen == 1 and line[:1] == b"{" and self._parsed(number, offset, line).value:
+            what = f'the name ends in "{shown(os.path.splitext(self.path)[1])}", but rows of JSON stand there'
+            raise self._refused("E113", what, "give --format jsonl, or --format text if they are meant as text", number)
+        try:
+            return Row(number, raw, {"text": raw.decode("utf-8")})
+        except UnicodeDecodeError as error:
+            what = f"byte 0x{raw[error.start]:02x} at offset {offset + error.start} of the file is not UTF-8"
+            return Row(number, raw, problem=RowError("E106", what))
 
     def _json_array(self, handle: io.BufferedReader) -> Iterator[Row]:
         start = handle.peek(4096).removeprefix(b"\xef\xbb\xbf").lstrip()

@@ -49,7 +49,7 @@ def read_pairs(data, *, columns=None, format=None, bad_rows="stop", rejects=None
     data: a path (.jsonl .json .csv .parquet, a slice as in "pairs.jsonl[:500]"), several paths, a Hub id "owner/name"
         (split train, another as "owner/name:test"), or objects in memory.
     columns: our name -> the data's, as {"chosen": "good"}; "" hides a column.
-    format: jsonl, json, csv or parquet where the file's name does not say.
+    format: jsonl, json, csv, parquet or text (a document between blank lines) where the file's name does not say.
     bad_rows: "stop" or "skip". rejects: a file that skipped rows are written to, byte for byte.
     Raises DataError with file, line, field, code and what to do; NotThereError for what does not exist.
     """
@@ -71,6 +71,14 @@ def read_demonstrations(
     reading = _Reading(data, tables, "demonstrations", columns, format, bad_rows, rejects)
     reading.finish = lambda record: [_demonstrated(record, turns == "last")]
     return reading.records()
+
+
+def read_texts(data, *, columns=None, format=None, bad_rows="stop", rejects=None) -> Records[Demonstration]:
+    """Running text, each row a document under no prompt, as `read_pairs`: rows with a column text, or a .txt file.
+
+    In a .txt file a document is what stands between blank lines.
+    """
+    return _Reading(data, dialects.TEXTS, "running text", columns, format, bad_rows, rejects).records()
 
 
 def read_feedback(data, *, columns=None, format=None, bad_rows="stop", rejects=None) -> Records[Feedback]:

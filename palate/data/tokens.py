@@ -100,6 +100,27 @@ def tokenize_demonstration(record: Demonstration, tokenizer, *, max_length: int 
             raise error from None
 
 
+def tokenize_text(record: Demonstration, tokenizer, *, max_length: int | None = None) -> list[TokenGroup]:
+    """A document as one group, or where it is longer than `max_length` as consecutive pieces of at most that.
+
+    Nothing is lost: every token that the whole would score is scored once. A later piece's prompt is the token before
+    it, so that its first token is predicted too, and no token says that a document begins there.
+    max_length: tokens of a piece, at least 2. Errors: as `tokenize`.
+    """
+    whole = tokenize_demonstration(record, tokenizer)
+    prompt, ids = whole.prompt, whole.completions[0]
+    if max_length is None or len(prompt) + len(ids) <= max_length:
+        return [whole]
+    if len(prompt) >= max_length:
+        return [tokenize_demonstration(record, tokenizer, max_length=max_length)]
+    room = max_length - len(prompt)
+    pieces = [replace(whole, completions=(ids[:room],), spans=(((whole.spans[0][0][0], room),),))]
+    for start in range(room, len(ids), max_length - 1):
+        rest = ids[start : start + max_length - 1]
+        pieces.append(replace(whole, prompt=ids[start - 1 : start], completions=(rest,), spans=(((0, len(rest)),),)))
+    return pieces
+
+
 def tokenize_feedback(record: Feedback, tokenizer, *, max_length: int | None = None) -> TokenGroup:
     """The row's group: completions (own, mismatched), or own alone; the own one decides what the prompt loses."""
     completions, names = (record.completion,), ("completion",)

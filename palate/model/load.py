@@ -37,6 +37,7 @@ from palate.model.checks import (
     refuse_weights,
 )
 from palate.model.fingerprint import base_fingerprint, fingerprint
+from palate.model.sizes import SIZES
 from palate.model.tokenizer import check_same_tokenizer as check_same_tokenizer
 from palate.model.tokenizer import same_tokenizer as same_tokenizer
 from palate.model.tokenizer import tokenizer_difference as tokenizer_difference
@@ -53,7 +54,7 @@ _HUB_FILES += ["tokenizer*", "vocab*", "merges.txt", "tekken.json", "chat_templa
 class LoadedModel:
     """A causal language model in eval mode, its tokenizer, and where they came from.
 
-    tokenizer: None only for `new:CONFIG.json` without a tokenizer beside it; see `with_tokenizer`.
+    tokenizer: None only for `new:` without a tokenizer beside the config; see `with_tokenizer`.
     path: the folder or file that was read; None for weights that were drawn here.
     notes: what a user should hear, one line each.
     """
@@ -82,7 +83,7 @@ def load(
     """The causal language model that `name` stands for, in eval mode, and its tokenizer.
 
     name: a folder, a run folder (its `model/`), a LoRA adapter's folder (merged into its base), a GGUF file,
-        `new:CONFIG.json` (random weights drawn from `seed`), `builtin:tiny`, `builtin:base`, or a Hub id.
+        `new:CONFIG.json` or `new:5m` (random weights drawn from `seed`), `builtin:tiny`, `builtin:base`, or a Hub id.
     dtype: "float32", "bfloat16", "float16" or "float64": what the weights are held in.
     device: "cpu", "cuda", "mps" or "auto", which takes what is there.
     trust_remote_code: run Python that comes with the model; needs `revision`, the 40-digit commit that was read.
@@ -114,6 +115,7 @@ def load(
     return _named(_from_folder(text, _snapshot(text, how), how), text)
 
 
+_SIZES = ", ".join(f"new:{size}" for size in SIZES)
 _NAMES = "name a model folder, a run folder, a GGUF file, new:CONFIG.json or a Hub id such as owner/name"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?")
 
@@ -322,12 +324,16 @@ def _from_adapter(text: str, folder: Path, how: _How) -> LoadedModel:
 def _new(text: str, how: _How) -> LoadedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    path = Path(text.removeprefix("new:")).expanduser()
+    named = text.removeprefix("new:")
+    path = Path(named).expanduser()
     path = path / "config.json" if path.is_dir() else path
-    if not path.is_file():
+    if named in SIZES:
+        content, path = SIZES[named], Path(text)
+    elif path.is_file():
+        content = read_object(path)
+    else:
         what = f"there is no config at {str(path)!r}"
-        raise NotThereError(what, where=text, code="E401", next="name a model's config.json")
-    content = read_object(path)
+        raise NotThereError(what, where=text, code="E401", next=f"name a model's config.json, or {_SIZES}")
     check_remote_code(path, content, how.trust_remote_code)
     kind = content.get("model_type")
     if not kind:
@@ -344,7 +350,7 @@ def _new(text: str, how: _How) -> LoadedModel:
     _cast(model, how.dtype)
     model = model.to(how.device)
     tokenizer = None
-    if any((path.parent / name).is_file() for name in TOKENIZER_FILES):
+    if named not in SIZES and any((path.parent / name).is_file() for name in TOKENIZER_FILES):
         tokenizer = _tokenizer(path.parent, how)
     return _checked(LoadedModel(model, tokenizer, text, None), how)
 

@@ -14,7 +14,7 @@ class DoctorConfig(BaseModel):
 
     data: Annotated[str, Field(description="File of pairs, ranked lists, feedback or demonstrations")]
     columns: Annotated[dict[str, str], Field(description="Column names, as chosen=good,rejected=bad")] = {}
-    format: Annotated[str | None, Field(description="jsonl, json, csv or parquet, where the name does not tell")] = None
+    format: Annotated[str | None, Field(description="jsonl, json, csv, parquet, text: where the name is silent")] = None
 
 
 def run(config: DoctorConfig, *, verb: str = "doctor", argv=(), say=stderr, panel=None) -> dict[str, Any]:

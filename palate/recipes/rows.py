@@ -24,10 +24,21 @@ class Reading:
     rejects: list[tuple[str, str]] = field(default_factory=list)
     sources: list[dict[str, Any]] = field(default_factory=list)
 
-    def take(self, records, tokenizer, limit: int, config, *, usable: Callable, role: str = "train") -> list[tuple]:
+    def take(
+        self,
+        records,
+        tokenizer,
+        limit: int,
+        config,
+        *,
+        usable: Callable,
+        role: str = "train",
+        pieces: Callable | None = None,
+    ) -> list[tuple]:
         """(record, group) of every row that can be used; the others stop the run, or are kept aside under skip.
 
-        usable: (group) -> None, or why the group cannot teach anything. Raises DataError (E200) naming the first 20.
+        usable: (group) -> None, or why the group cannot teach anything. pieces: (record, tokenizer, max_length=) -> its
+        groups, where a row may be several. Raises DataError (E200) naming the first 20.
         """
         from palate.data.tokens import tokenize
 
@@ -40,15 +51,19 @@ class Reading:
         kept, refused = [], []
         for record in records:
             try:
-                group = tokenize(record, tokenizer, max_length=limit)
+                cut = (pieces or tokenize)(record, tokenizer, max_length=limit)
             except DataError as error:
                 refused.append((record, error))
                 continue
-            if (reason := usable(group)) is not None:
+            groups = cut if isinstance(cut, list) else [cut]
+            if (reason := usable(groups[0])) is not None:
                 self.counts[reason] += 1
                 continue
-            self._notice(record, group, tokenizer)
-            kept.append((record, group))
+            self._notice(record, groups[0], tokenizer)
+            if len(groups) > 1:
+                self.counts["longer than --max-length"] += 1
+                self.counts["pieces of these"] += len(groups)
+            kept += [(record, group) for group in groups]
         if refused and config.bad_rows == "stop":
             lines = "\n".join(str(error) for _, error in refused[:20])
             raise DataError(
@@ -94,10 +109,12 @@ class Rows:
         return f"{self.reading.summary()}, {len(self.held)} held out"
 
 
-def read_rows(config, records, other, tokenizer, limit: int, *, usable: Callable, say: Say) -> Rows:
+def read_rows(
+    config, records, other, tokenizer, limit: int, *, usable: Callable, say: Say, pieces: Callable | None = None
+) -> Rows:
     """Records as groups, split by prompt into those to train on and those held out.
 
-    records: of --data. other: of --eval, where that is data of its own. usable: as in `Reading.take`.
+    records: of --data. other: of --eval, where that is data of its own. usable, pieces: as in `Reading.take`.
     """
     from palate.data.tokens import notes
     from palate.reference import content_digest
@@ -105,7 +122,7 @@ def read_rows(config, records, other, tokenizer, limit: int, *, usable: Callable
     for note in [*records.notes, *records.warnings, *notes(tokenizer)]:
         say(f"data: {note}")
     reading = Reading()
-    pairs = reading.take(records, tokenizer, limit, config, usable=usable)
+    pairs = reading.take(records, tokenizer, limit, config, usable=usable, pieces=pieces)
     if config.eval == "none":
         held = []
     elif config.eval == "auto":
@@ -113,7 +130,7 @@ def read_rows(config, records, other, tokenizer, limit: int, *, usable: Callable
         held = [group for record, group in pairs if _prompt_key(record) in held_prompts]
         pairs = [(record, group) for record, group in pairs if _prompt_key(record) not in held_prompts]
     else:
-        held_pairs = reading.take(other, tokenizer, limit, config, usable=usable, role="eval")
+        held_pairs = reading.take(other, tokenizer, limit, config, usable=usable, role="eval", pieces=pieces)
         shared = {_prompt_key(record) for record, _ in pairs} & {_prompt_key(record) for record, _ in held_pairs}
         reading.counts["prompts shared with eval"] = len(shared)
         held = [group for _, group in held_pairs]

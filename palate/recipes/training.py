@@ -121,11 +121,14 @@ def prepare(
     usable: Callable,
     say: Say,
     built: Callable[[Any], Any] | None = None,
+    pieces: Callable | None = None,
+    rate_of: Callable = auto_rate,
 ) -> Prepared:
     """Reads, loads, tokenises and counts; writes nothing.
 
     read: (data) -> Records. objective_of: (numerics) -> objective. usable: see `read_rows`. built: (loaded) -> the
-    model that is trained in its place, such as one with another head.
+    model that is trained in its place, such as one with another head. pieces: see `Reading.take`. rate_of: (config,
+    parameters) -> learning rate, reason.
     """
     from palate.data.sources import refuse_shared_rows
     from palate.data.stream import count_steps
@@ -148,10 +151,10 @@ def prepare(
         trust_remote_code=config.trust_remote_code,
         revision=config.revision,
     )
-    for note in loaded.notes:
-        say(f"model: {note}")
     if loaded.tokenizer is None:
         loaded = with_tokenizer(loaded, strings_of(records))
+    for note in loaded.notes:
+        say(f"model: {note}")
     if config.chat_template is not None:
         load_template(config.chat_template, loaded.tokenizer)
     if built is not None:
@@ -166,6 +169,7 @@ def prepare(
         limit,
         usable=usable,
         say=say,
+        pieces=pieces,
     )
     precision = resolve_precision(config, model.device.type)
     numerics = Numerics.of(model, precision, config.train.tokens)
@@ -177,7 +181,7 @@ def prepare(
         loaded = replace(loaded, model=model)
     if config.train.checkpointing:
         enable_recompute(model)
-    rate, reason = auto_rate(config, loaded.model.num_parameters())
+    rate, reason = rate_of(config, loaded.model.num_parameters())
     steps = count_steps(len(rows.train), config.batch, config.epochs, config.steps)
     return Prepared(loaded, rows, objective_of(numerics), precision, rate, reason, steps, identity)
 

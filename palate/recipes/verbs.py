@@ -32,7 +32,7 @@ class ReadConfig(BaseModel):
         str, Field(description="JSONL, JSON, CSV or Parquet file, slice of one as FILE[:500], builtin:NAME, or Hub id")
     ]
     columns: Annotated[dict[str, str], Field(description="Column names, as chosen=good,rejected=bad")] = {}
-    format: Annotated[str | None, Field(description="jsonl, json, csv or parquet, where the name does not tell")] = None
+    format: Annotated[str | None, Field(description="jsonl, json, csv, parquet, text: where the name is silent")] = None
     bad_rows: Annotated[
         Literal["stop", "skip"], Field(description="stop: name them and write nothing; skip: keep them aside")
     ] = "stop"
