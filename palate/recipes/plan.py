@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,8 @@ def plan_lines(config, loaded, rows, *, steps: int, rate: float, reason: str, pr
 
     model = loaded.model
     weights, each, kept = disk_needs(config, model)
-    trained = each // 3
     lengths = [stream_length(group) for group in rows.train]
-    micro = min(config.train.tokens, sum(lengths))
-    text = model.config.get_text_config(decoder=True)
-    activations = micro * text.hidden_size * text.num_hidden_layers * 4 * (4 if config.train.checkpointing else 22)
-    head = min(2**25, micro * text.vocab_size) * 4 * 2
+    parts = ", ".join(f"{name} {_mb(size)}" for name, size in memory_needs(config, model, sum(lengths)).items())
     lines = [
         f"model      {loaded.name}: {model.num_parameters():,} parameters, {support(model).path} prompts"
         + (f" ({support(model).reason})" if support(model).reason else ""),
@@ -72,8 +69,7 @@ def plan_lines(config, loaded, rows, *, steps: int, rate: float, reason: str, pr
         f"tokens     {sum(lengths):,} in streams; a row has {min(lengths)} to {max(lengths)}",
         f"training   {objective.name} {objective.options} · lr {rate:g} ({reason}) · {steps} steps of {config.batch} · "
         f"{precision}",
-        f"memory     weights {_mb(weights)}, gradients {_mb(trained)}, optimizer {_mb(2 * trained)}, activations about "
-        f"{_mb(activations)}, head about {_mb(head)}",
+        f"memory     weights {_mb(weights)}, {parts}",
         f"disk       {_mb(weights + kept * each)}: the model and {kept} checkpoints",
     ]
     if seconds is not None:
@@ -120,6 +116,34 @@ def check_disk(config, model, out: Path) -> None:
             f"{_mb(free)} are free"
         )
         raise MachineError(what, where=str(out), code="E315", next="free some space, or lower --train.keep")
+
+
+def memory_needs(config, model, tokens: int) -> dict[str, int]:
+    """Bytes that training takes besides the weights, by part. tokens: of all rows in streams."""
+    trained = disk_needs(config, model)[1] // 3
+    text = model.config.get_text_config(decoder=True)
+    micro = min(config.train.tokens, tokens)
+    layers = text.hidden_size * text.num_hidden_layers * 4 * (4 if config.train.checkpointing else 22)
+    head = min(2**25, micro * text.vocab_size) * 4 * 2
+    return {
+        "gradients": trained,
+        "optimizer": 2 * trained,
+        "activations about": micro * layers,
+        "head about": head,
+    }
+
+
+def peak_memory(model) -> int | None:
+    """The most bytes that were taken so far: of the GPU's memory, else of this process's; None where nobody says."""
+    import torch
+
+    if model.device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def disk_needs(config, model) -> tuple[int, int, int]:

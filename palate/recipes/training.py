@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from palate.errors import CheckpointError, Interrupted, NotBetterError, PalateError, UsageError
-from palate.recipes.plan import auto_rate, check_disk
+from palate.recipes.plan import auto_rate, check_disk, memory_needs, peak_memory
 from palate.recipes.retain import Retention, retention_lines
 from palate.recipes.rows import Rows, read_rows, strings_of
 from palate.recipes.verbs import InputConfig, Say, check_model_options, max_length, resolve_precision
@@ -334,6 +334,7 @@ def train(
 def _train(
     config, run, prepared, say, panel, annotate, facts, better, verdict, retention, stop, ending
 ) -> dict[str, Any]:
+    from palate.data.batch import stream_length
     from palate.data.stream import stream
     from palate.distributed import Ranks
     from palate.evaluation.preference import evaluate
@@ -358,8 +359,14 @@ def _train(
             "train": len(rows.train),
             "held": len(rows.held),
             "rejected": [message for _, message in rows.reading.rejects],
+            "doctor": said_by_doctor(config, rows.counts.get("rows", 0)),
         }
     )
+    if "plan" not in run.record:
+        needs = memory_needs(config, model, sum(stream_length(group) for group in rows.train))
+        peak = peak_memory(model)
+        foreseen = {} if peak is None else {"peak_bytes": peak + sum(needs.values())}
+        run.status("running", plan={"steps": prepared.steps} | foreseen)
     if rows.reading.rejects:
         run.write_rejects(raw for raw, _ in rows.reading.rejects)
     say(f"run: {run.path} · {run.record['hardware']}")
@@ -447,6 +454,7 @@ def _train(
         "before": before,
         "after": after,
         "data": rows.counts,
+        "peak_bytes": peak_memory(model),
         **facts,
         **kept,
         "summary": [
@@ -483,6 +491,21 @@ def refuse_other_start(run, meta: dict[str, str]) -> None:
         if began.get(name) != meta[name]:
             what = f"has begun from something else: {word} changed"
             raise CheckpointError(what, where=str(run.path), code="E502", next="put it back, or take a new --out")
+
+
+DOCTORED = 50_000  # rows up to which the doctor's second look at a file is not felt
+
+
+def said_by_doctor(config: TrainingConfig, rows: int) -> dict[str, Any] | None:
+    """What `palate doctor` finds in --data; None beyond DOCTORED rows, and where it cannot say."""
+    from palate.data.doctor import doctor
+
+    if rows > DOCTORED:
+        return None
+    try:
+        return doctor(config.data, columns=config.columns or None, format=config.format).as_dict()
+    except PalateError:  # a text file, or one that is gone since it was read
+        return None
 
 
 def reported(out: Path) -> str:
