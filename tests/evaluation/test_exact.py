@@ -282,3 +282,23 @@ def test_the_command_line_trains_in_the_world(tmp_path, capsys):
     before = exact.measure(table, table, reward, 0.5)
     assert after["exact/gap"] < 0.6 * before["exact/gap"]
     assert after["exact/kl"] > 0.01 and after["exact/reward"] <= after["exact/best_reward"] + 1e-6
+
+
+@pytest.mark.slow
+def test_dpo_in_the_world_of_the_methods():
+    """World B, 7,776 completions a prompt, one pass over 20,480 pairs: part of the way, below the frontier."""
+    world, beta = World(), 1.0
+    reference, policy = (model_of(world, 0, spread=0.1, dtype=torch.float32) for _ in range(2))
+    table, reward, tokenizer = exact.table_of(reference, world), world.reward(0), world.tokenizer()
+    pairs = [palate.tokenize(pair, tokenizer) for pair in world.pairs(table, reward, 20_480, seed=0)]
+    batches = palate.stream(palate.annotate(pairs, reference), palate.collate_pairs, batch=256, tokens=4096)
+    state = palate.TrainState.fresh(policy, palate.OptimConfig(lr=5e-3, schedule="cosine"), 80)
+    watch, seen = exact.evaluator(world, table, reward, beta), [exact.measure(table, table, reward, beta)]
+    for step in palate.steps(state, batches, pairwise("dpo", beta=beta)):
+        if step.number % 20 == 0:
+            seen.append(watch(policy))
+    assert len(seen) == 5
+    assert seen[-1]["exact/gap"] < 0.6 * seen[0]["exact/gap"]
+    assert seen[-1]["exact/tv"] < 0.8 * seen[0]["exact/tv"]
+    assert seen[-1]["exact/win_rate"] > 0.6
+    assert all(point["exact/reward"] <= point["exact/best_reward"] + 1e-6 for point in seen)
