@@ -59,6 +59,7 @@ VERBS = {
         "Train on preference pairs; --loss names one of the DPO family.", "palate.recipes.preference:PreferenceConfig"
     ),
     "kto": Verb("Train on single completions, liked or not.", "palate.recipes.preference:FeedbackConfig"),
+    "ppo": Verb("Train on own samples by what a reward says of them: PPO, RLOO, GRPO.", "palate.recipes.ppo:PpoConfig"),
     "sweep": Verb(
         "One of dpo, kto, sft over a grid of options: best cell, table, plot.",
         "palate.recipes.sweep:SweepConfig",

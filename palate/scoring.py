@@ -46,10 +46,12 @@ class Numerics:
     precision: "bfloat16" runs the matmuls in bfloat16; weights, residual stream, norms and softmax stay float32.
     stream: streams are filled with an inert tail to a multiple of this length, since kernels round differently at
     some lengths; None: no tail.
+    temperature: logits are divided by it, in every log-prob: that of the policy that was sampled from.
     """
 
     precision: Precision = "float32"
     stream: int | None = None
+    temperature: float = 1.0
 
     @classmethod
     def of(cls, model: nn.Module, precision: Precision = "float32", tokens: int = 2048) -> "Numerics":
@@ -72,7 +74,8 @@ class Numerics:
         path = support(model).path
         versions = f"torch={torch.__version__} transformers={transformers.__version__}"
         where = f"device={model.device.type} threads={torch.get_num_threads()}"
-        return f"{self.precision} {path} stream={self.stream} {where} {versions}"
+        softer = "" if self.temperature == 1 else f" temperature={self.temperature}"
+        return f"{self.precision} {path} stream={self.stream}{softer} {where} {versions}"
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,29 @@ def token_logps(model: nn.Module, batch: TokenBatch, *, numerics: Numerics = Num
     if not len(batch.targets):
         return torch.zeros(0, device=batch.tokens.device)
     return _RUN[support(model).path](model, batch, numerics)
+
+
+def logps_and_values(
+    policy: nn.Module, critic: nn.Module | None, batch: TokenBatch, *, numerics: Numerics = Numerics()
+) -> tuple[Tensor, Tensor | None]:
+    """(N,) log-probs of the batch's targets and (N,) values of the states they were chosen in, float64; differentiable.
+
+    critic: a model with a scalar head; or a linear layer, which reads the policy's own last states, so that one forward
+    gives both; or None, and no values. Raises ModelError (E407) for such a layer on a model whose head is not ours.
+    """
+    device = float64_device(batch.tokens.device)
+    if not isinstance(critic, nn.Linear):
+        found = token_logps(policy, batch, numerics=numerics).to(device).double()
+        own = replace(numerics, temperature=1.0)
+        return found, None if critic is None else scalars(critic, batch, numerics=own) + reward_bias(critic)
+    path = support(policy).path
+    if path == "plain":
+        what = f"{type(policy).__name__} gives no states for a value head ({support(policy).reason})"
+        raise ModelError(what, code="E407", next="give the critic a trunk of its own")
+    rows: list[Tensor] = []
+    found = _RUN[path](policy, batch, numerics, rows)
+    values = critic(rows[0].to(critic.weight.dtype))[: len(batch.targets), 0]  # in the head's own precision
+    return found.to(device).double(), values.to(device).double()
 
 
 def sequence_logps(tokens: Tensor, batch: TokenBatch) -> SequenceLogps:
@@ -148,9 +174,10 @@ def _autocast(model: nn.Module, numerics: Numerics):
     return torch.autocast(model.device.type, torch.bfloat16)
 
 
-def _shared(model: nn.Module, batch: TokenBatch, numerics: Numerics) -> Tensor:
+def _shared(model: nn.Module, batch: TokenBatch, numerics: Numerics, hidden: list[Tensor] | None = None) -> Tensor:
     tail = -len(batch.tokens) % numerics.stream if numerics.stream else 0
-    with _autocast(model, numerics), shared_attention(model), _head(model, batch.predictors, batch.targets) as found:
+    head = _head(model, batch.predictors, batch.targets, numerics, hidden)
+    with _autocast(model, numerics), shared_attention(model), head as found:
         model(
             input_ids=nn.functional.pad(batch.tokens, (0, tail))[None],
             position_ids=nn.functional.pad(batch.positions, (0, tail))[None],
@@ -160,9 +187,9 @@ def _shared(model: nn.Module, batch: TokenBatch, numerics: Numerics) -> Tensor:
     return _only(found)
 
 
-def _padded(model: nn.Module, batch: TokenBatch, numerics: Numerics) -> Tensor:
+def _padded(model: nn.Module, batch: TokenBatch, numerics: Numerics, hidden: list[Tensor] | None = None) -> Tensor:
     ids, mask, rows = _rows(batch)
-    with _autocast(model, numerics), _head(model, rows, batch.targets) as found:
+    with _autocast(model, numerics), _head(model, rows, batch.targets, numerics, hidden) as found:
         model(input_ids=ids, attention_mask=mask, use_cache=False)
     return _only(found)
 
@@ -172,7 +199,7 @@ def _plain(model: nn.Module, batch: TokenBatch, numerics: Numerics) -> Tensor:
     with _autocast(model, numerics):
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     logits = logits.reshape(-1, logits.shape[-1]).index_select(0, rows)
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    wide = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / numerics.temperature).log_softmax(-1)
     return wide.gather(-1, batch.targets[:, None])[:, 0]
 
 
@@ -201,8 +228,13 @@ def _scalars(model: nn.Module, batch: TokenBatch, numerics: Numerics, path: str)
 _RUN = {"shared": _shared, "padded": _padded, "plain": _plain}
 
 
-def _head(model: nn.Module, rows: Tensor, targets: Tensor):
-    return scored_rows(model, rows, targets, logit_transform(model.config.get_text_config(decoder=True)))
+def _head(model: nn.Module, rows: Tensor, targets: Tensor, numerics: Numerics, hidden: list[Tensor] | None):
+    own, temperature = logit_transform(model.config.get_text_config(decoder=True)), numerics.temperature
+
+    def softened(logits: Tensor) -> Tensor:
+        return (logits if own is None else own(logits)) / temperature
+
+    return scored_rows(model, rows, targets, own if temperature == 1 else softened, hidden)
 
 
 def _only(found: list[Tensor]) -> Tensor:

@@ -5,7 +5,7 @@ targets. Completions are pairs or lists by explicit indices, never by their plac
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TypeVar
 
 import numpy as np
@@ -127,7 +127,54 @@ class RewardBatch:
         return _to(self, device)
 
 
-AnyBatch = TypeVar("AnyBatch", TokenBatch, PairBatch, RankedBatch, FeedbackBatch, RewardBatch)
+@dataclass(frozen=True, slots=True, eq=False)
+class RolloutGroup(TokenGroup):
+    """Own samples of one prompt, and what was found of them: float64, of each scored token or of each completion.
+
+    old_logps, advantages: (n,) log-prob when sampled, at the sampling temperature; how much better than expected.
+    values, returns: (n,) what the critic expected then, and what came; nan without a critic.
+    scores, kl: (K,) the judge's, the penalty for a missing end included; log-ratio to the reference, nats.
+    finished: (K,) 1 where there is an end token.
+    explained, coefficient: (K,) of the whole rollout: variance explained by the critic (nan without), KL coefficient.
+    """
+
+    old_logps: np.ndarray = field(default_factory=lambda: np.empty(0))
+    advantages: np.ndarray = field(default_factory=lambda: np.empty(0))
+    values: np.ndarray = field(default_factory=lambda: np.empty(0))
+    returns: np.ndarray = field(default_factory=lambda: np.empty(0))
+    scores: np.ndarray = field(default_factory=lambda: np.empty(0))
+    kl: np.ndarray = field(default_factory=lambda: np.empty(0))
+    finished: np.ndarray = field(default_factory=lambda: np.empty(0))
+    explained: np.ndarray = field(default_factory=lambda: np.empty(0))
+    coefficient: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+
+@dataclass(frozen=True, eq=False)
+class RolloutBatch:
+    """Own samples in one stream, with the columns of `RolloutGroup`: (N,) of tokens, (S,) of completions."""
+
+    batch: TokenBatch
+    old_logps: Tensor
+    advantages: Tensor
+    values: Tensor
+    returns: Tensor
+    scores: Tensor
+    kl: Tensor
+    finished: Tensor
+    explained: Tensor
+    coefficient: Tensor
+
+    @property
+    def units(self) -> int:
+        """Scored tokens."""
+        return self.batch.units
+
+    def to(self, device) -> "RolloutBatch":
+        """The same batch with its tensors on `device`."""
+        return _to(self, device)
+
+
+AnyBatch = TypeVar("AnyBatch", TokenBatch, PairBatch, RankedBatch, FeedbackBatch, RewardBatch, RolloutBatch)
 
 
 def float64_device(device) -> torch.device:
@@ -147,7 +194,7 @@ def _to(batch: AnyBatch, device) -> AnyBatch:
             return value.to(device)
         return value.to(own) if isinstance(value, Tensor) else value
 
-    return replace(batch, **{field.name: move(getattr(batch, field.name)) for field in fields(batch)})
+    return replace(batch, **{part.name: move(getattr(batch, part.name)) for part in fields(batch)})
 
 
 def stream_length(group: TokenGroup) -> int:
@@ -282,6 +329,16 @@ def collate_rewards(groups: Sequence[TokenGroup]) -> RewardBatch:
         margin=known,
         units=len(groups),
     )
+
+
+def collate_rollouts(groups: Sequence[RolloutGroup]) -> RolloutBatch:
+    """The stream of all samples of all groups, and their columns in the same order."""
+    columns = [name.name for name in fields(RolloutBatch) if name.name != "batch"]
+    joined = {
+        name: torch.from_numpy(np.concatenate([np.asarray(getattr(group, name), np.float64) for group in groups]))
+        for name in columns
+    }
+    return RolloutBatch(collate(groups), **joined)
 
 
 def _only(group: TokenGroup, k: int) -> TokenGroup:

@@ -23,7 +23,7 @@ class StepBatch(Generic[Batch]):
     micro: tuple[Batch, ...]
     units: float
     rows: tuple[int, ...]
-    cursor: dict[str, int]
+    cursor: dict[str, Any]
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self.micro)

@@ -35,11 +35,16 @@ def logit_transform(config) -> Callable[[Tensor], Tensor] | None:
 
 @contextmanager
 def scored_rows(
-    model: nn.Module, predictors: Tensor, targets: Tensor, transform: Callable[[Tensor], Tensor] | None
+    model: nn.Module,
+    predictors: Tensor,
+    targets: Tensor,
+    transform: Callable[[Tensor], Tensor] | None,
+    hidden_rows: list[Tensor] | None = None,
 ) -> Iterator[list[Tensor]]:
     """Inside the block the model's forward fills the yielded list with the (N,) log-probs of `targets`.
 
     predictors: (N,) rows of the flattened (batch, length) hidden states. The head's output becomes one unused column.
+    hidden_rows: gets these rows as well, filled up to a multiple of `ROWS`, for a second head on the same forward.
     """
     head = model.get_output_embeddings()
     own = head.__dict__.get("forward")
@@ -52,6 +57,8 @@ def scored_rows(
 
     def forward(hidden: Tensor, *args, **kwargs) -> Tensor:
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, predictors)
+        if hidden_rows is not None:
+            hidden_rows.append(rows)
         found.append(_TargetLogps.apply(rows, targets, original, transform, size, *parameters)[:count])
         return hidden[..., :1]
 

@@ -237,6 +237,20 @@ class Ending:
     next: str = "palate generate --model {run} --data PROMPTS --out FILE"
 
 
+@dataclass(frozen=True)
+class OwnBatches:
+    """Step batches that are made on the way, such as rollouts, in place of those of the rows.
+
+    make: (state) -> step batches from where the state stands. every: optimizer steps that belong together, after whose
+    multiples alone a run is evaluated, saved and stopped; --save-every and --eval-every count them as one.
+    critic: trained beside the policy.
+    """
+
+    make: Callable[[Any], Iterator[Any]]
+    every: int = 1
+    critic: Any = None
+
+
 def update_config(config: TrainingConfig, rate: float) -> OptimConfig:
     """The optimizer's config out of the run's."""
     fields = {name: getattr(config.train, name) for name in UpdateConfig.model_fields}
@@ -285,6 +299,7 @@ def train(
     retention: Retention | None = None,
     stop: int | None = None,
     ending: Ending | None = None,
+    own: OwnBatches | None = None,
 ) -> dict[str, Any]:
     """The run folder from first line to saved model; resumes where --resume asks for it.
 
@@ -292,7 +307,8 @@ def train(
     result, where there is none. better: the evaluation's key that picks the best checkpoint, as for `fit`.
     verdict: (before, after) -> (shown better, sentence). retention: what is watched beside the held-out rows.
     stop: the step after which the run is saved and Paused is raised, unless it is the last: another call goes on.
-    ending: what is evaluated, sampled and saved, where it is no policy that is trained.
+    ending: what is evaluated, sampled and saved, where it is no policy that is trained. own: where batches come from
+    instead of the rows.
     What is raised names the folder in its `result`.
     """
     from palate.run import Run
@@ -311,7 +327,7 @@ def train(
         ) as run:
             result = _train(
                 config, run, prepared, say, panel, annotate, dict(facts or {}), better, verdict, retention, stop,
-                ending or Ending(),
+                ending or Ending(), own,
             )  # fmt: skip
             run.finish(result)
         if config.report:
@@ -332,7 +348,7 @@ def train(
 
 
 def _train(
-    config, run, prepared, say, panel, annotate, facts, better, verdict, retention, stop, ending
+    config, run, prepared, say, panel, annotate, facts, better, verdict, retention, stop, ending, own
 ) -> dict[str, Any]:
     from palate.data.batch import stream_length
     from palate.data.stream import stream
@@ -375,13 +391,15 @@ def _train(
         f"plan: {objective.name} {objective.options} lr={prepared.rate:g} ({prepared.reason}), "
         f"{prepared.steps} steps of {config.batch}, {prepared.precision}"
     )
-    if len(rows.train) < config.batch:
+    if len(rows.train) < config.batch and own is None:
         say(f"plan: every step sees all {len(rows.train)} rows: there are fewer than --batch {config.batch}")
     groups, held, inspect = rows.train, rows.held, None
     if annotate is not None:
         groups, held, facts, inspect = annotate(run, groups, held)
 
-    state = TrainState.fresh(model, update_config(config, prepared.rate), prepared.steps)
+    every = 1 if own is None else own.every
+    critic = None if own is None else own.critic
+    state = TrainState.fresh(model, update_config(config, prepared.rate), prepared.steps, critic)
     found, damaged = checkpoint.latest(run.checkpoints) if config.resume else (None, [])
     for path in damaged:
         say(f"resume: {path} is damaged and was left aside")
@@ -406,18 +424,22 @@ def _train(
         if held or retention:
             run.log({"step": 0} | evaluation() | {"time": time.time()})
         run.samples(ending.sample(model, tokenizer, shown_prompts, 0))
-    fifth = max(1, prepared.steps // 5)
-    batches = stream(
-        groups,
-        objective.collate,
-        batch=config.batch,
-        tokens=config.train.tokens,
-        seed=config.seed,
-        epochs=config.epochs,
-        steps=config.steps,
-        start=state.step,
-        rank=ranks.data_rank,
-        size=ranks.data_size,
+    fifth = max(1, prepared.steps // every // 5)
+    batches = (
+        own.make(state)
+        if own is not None
+        else stream(
+            groups,
+            objective.collate,
+            batch=config.batch,
+            tokens=config.train.tokens,
+            seed=config.seed,
+            epochs=config.epochs,
+            steps=config.steps,
+            start=state.step,
+            rank=ranks.data_rank,
+            size=ranks.data_size,
+        )
     )
     with (panel or _no_panel)(prepared.steps) as shown:
         fit(
@@ -427,13 +449,14 @@ def _train(
             run,
             ranks=ranks,
             evaluate=evaluation if held or retention else None,
-            eval_every=config.eval_every or fifth,
-            save_every=config.save_every or fifth,
+            eval_every=(config.eval_every or fifth) * every,
+            save_every=(config.save_every or fifth) * every,
             keep=config.train.keep,
             meta=meta,
             better=better,
             inspect=inspect if state.step == 0 else None,
             stop=stop,
+            every=every,
             show=lambda line: shown(line) if line["step"] % config.log_every == 0 or "loss" not in line else None,
         )
     if state.step < prepared.steps:
@@ -441,7 +464,7 @@ def _train(
     first = [row for row in read_lines(run.path / "samples.jsonl") if row["step"] == 0]
     run.samples(ending.sample(model, tokenizer, shown_prompts, state.step, first))
     facts = facts | ending.save(run, model, tokenizer, held)
-    evals = [line for line in run.metrics() if "eval/loss" in line]
+    evals = [line for line in run.metrics() if "eval/loss" in line or "eval/reward" in line]
     before, after = (_evals(evals[0]), _evals(evals[-1])) if evals else ({}, {})
     is_better, sentence = verdict(before, after)
     kept = {} if retention is None else {"retention": retention.result(run.metrics())}

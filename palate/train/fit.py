@@ -34,11 +34,14 @@ def fit(
     better: str | None = None,
     inspect: Callable[[int, list[Outcome]], None] | None = None,
     stop: int | None = None,
+    every: int = 1,
     show: Callable[[dict[str, Any]], None] | None = None,
 ) -> None:
     """Trains to the end of `batches`, or to the first signal: then saves and raises Interrupted.
 
     stop: a step after which it saves and returns, also where it is not the last; nothing, where that step is behind.
+    every: steps that belong together, as those on one rollout: after multiples of it alone is anything evaluated, saved
+    or stopped.
 
     Every step is logged; evaluations and checkpoints follow it in this order, also after the last step, so that a run
     resumed from a checkpoint has every line it should have and none twice.
@@ -53,6 +56,8 @@ def fit(
     with _signals() as asked:
         for step in steps(state, batches, objective, ranks, inspect=inspect):
             _log(run, step.as_dict(), ranks, show)
+            if step.number % every:
+                continue
             final, improved = step.number == last, False
             if evaluate is not None and (final or (eval_every and step.number % eval_every == 0)):
                 found = evaluate()

@@ -24,7 +24,8 @@ from palate.train.optim import OptimConfig, build_optimizer, learning_rate
 class TrainState:
     """All that a resumed run needs; what is not here is not resumed. Training spends no random state.
 
-    step: updates done. cursor: where the data stands after them. total_steps: the schedule's length, if known.
+    step: updates done. cursor: where the data stands after them, with controllers that follow it. total_steps: the
+    schedule's length, if known.
     """
 
     models: dict[str, nn.Module]
@@ -32,15 +33,25 @@ class TrainState:
     optim: OptimConfig
     total_steps: int | None = None
     step: int = 0
-    cursor: dict[str, int] = field(default_factory=dict)
+    cursor: dict[str, Any] = field(default_factory=dict)
     best: dict[str, Any] | None = None
 
     @classmethod
-    def fresh(cls, policy: nn.Module, optim: OptimConfig | None = None, total_steps: int | None = None) -> "TrainState":
-        """A state at step 0. The policy is put in evaluation mode: dropout would tell policy and reference apart."""
+    def fresh(
+        cls,
+        policy: nn.Module,
+        optim: OptimConfig | None = None,
+        total_steps: int | None = None,
+        critic: nn.Module | None = None,
+    ) -> "TrainState":
+        """A state at step 0. The policy is put in evaluation mode: dropout would tell policy and reference apart.
+
+        critic: trained beside it, by an optimizer of its own.
+        """
         optim = optim or OptimConfig()
-        policy.eval()
-        return cls({"policy": policy}, {"policy": build_optimizer(policy, optim)}, optim, total_steps)
+        models = {"policy": policy} if critic is None else {"policy": policy, "critic": critic}
+        optimizers = {name: build_optimizer(model.eval(), optim) for name, model in models.items()}
+        return cls(models, optimizers, optim, total_steps)
 
     @property
     def model(self) -> nn.Module:
@@ -90,12 +101,13 @@ def steps(
     Raises NotFiniteError, before the update, naming the step's rows.
     """
     ranks = ranks or Ranks.single()
-    model, optimizer = state.model, state.optimizers["policy"]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model, optimizers = state.model, state.optimizers.values()
+    trained = {name: [p for p in one.parameters() if p.requires_grad] for name, one in state.models.items()}
     for batch in batches:
         started = time.perf_counter()
         number = state.step + 1
-        optimizer.zero_grad()  # of a step that was broken off
+        for optimizer in optimizers:
+            optimizer.zero_grad()  # of a step that was broken off
         micro = [part.to(model.device) for part in batch]
         context = objective.prepare(model, micro, ranks)
         outcomes = []
@@ -103,19 +115,25 @@ def steps(
             outcome = objective(model, part, context)
             (outcome.loss.total / batch.units).backward()
             outcomes.append(outcome)
-        ranks.sum_gradients(trainable)
-        norm = float(nn.utils.clip_grad_norm_(trainable, state.optim.clip_norm))
+        norms = {}
+        for name, weights in trained.items():
+            ranks.sum_gradients(weights)
+            norms[name] = float(nn.utils.clip_grad_norm_(weights, state.optim.clip_norm))
+        norm = norms.pop("policy")
         loss, metrics, finite = _reduce(outcomes, ranks)
-        if not (finite and math.isfinite(loss) and math.isfinite(norm)):
-            optimizer.zero_grad()
+        metrics |= {f"grad_norm/{name}": value for name, value in norms.items()}
+        if not (finite and all(map(math.isfinite, (loss, norm, *norms.values())))):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
             raise _not_finite(number, outcomes, loss, norm)
         if inspect is not None:
             inspect(number, outcomes)
         rate = learning_rate(state.optim, number, state.total_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
         state.step, state.cursor = number, dict(batch.cursor)
         tokens = sum(ranks.gather(sum(_tokens(part) for part in micro)))
         yield Step(number, loss, norm, rate, tokens, time.perf_counter() - started, metrics, batch.rows)

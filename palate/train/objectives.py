@@ -17,16 +17,18 @@ from palate.data.batch import (
     PairBatch,
     RankedBatch,
     RewardBatch,
+    RolloutBatch,
     TokenBatch,
     collate_feedback,
     collate_pairs,
     collate_rankings,
     collate_rewards,
+    collate_rollouts,
 )
 from palate.data.batch import collate as collate_tokens
 from palate.distributed import Ranks
-from palate.losses import FeedbackLogps, PairLogps, PairRewards, RankedLogps
-from palate.scoring import Numerics, SequenceLogps, logps, reward_bias, scalars
+from palate.losses import FeedbackLogps, PairLogps, PairRewards, RankedLogps, policy
+from palate.scoring import Numerics, SequenceLogps, logps, logps_and_values, reward_bias, scalars
 from palate.tally import Tally
 
 
@@ -277,6 +279,71 @@ class Rewards(_Loss):
             margins=margin,
             sources=tuple(batch.batch.sources[i] for i in batch.chosen.tolist()),
         )
+
+
+@dataclass(frozen=True)
+class ClippedPolicy:
+    """PPO on own samples: clipped policy loss, and with a critic the clipped value loss; a mean over their tokens.
+
+    options: clip (of the ratio), value_clip, value_weight. critic: as for `scoring.logps_and_values`.
+    """
+
+    options: dict[str, float]
+    numerics: Numerics | None = None
+    critic: nn.Module | None = None
+    name: str = "ppo"
+    reference: bool = False
+
+    collate = staticmethod(collate_rollouts)
+
+    def prepare(self, model, micro, ranks):
+        """Nothing: all that the whole rollout is needed for was done when it was collected."""
+        return None
+
+    def __call__(self, model, batch: RolloutBatch, context=None) -> Outcome:
+        """Summed loss over the batch's tokens; what is watched of the update, and of the samples it is made on."""
+        clip = self.options["clip"]
+        logps, values = logps_and_values(model, self.critic, batch.batch, numerics=self.numerics or Numerics.of(model))
+        policy_losses = policy.clipped_policy_loss(logps, batch.old_logps, batch.advantages, clip=clip)
+        change = (logps - batch.old_logps).detach()
+        each = policy_losses
+        metrics = {
+            "policy/loss": _tally(policy_losses.detach()),
+            "policy/ratio": _tally(change.exp()),
+            "policy/approx_kl": _tally(policy.k2(change)),
+            "policy/clipped": _tally((change.exp() - 1).abs() > clip),
+            "reward": _tally(batch.scores),
+            "kl": _tally(batch.kl),
+            "kl_coef": _tally(batch.coefficient),
+            "ended": _tally(batch.finished),
+            "length": _tally(batch.batch.length),
+        }
+        if values is not None:
+            value_losses = policy.clipped_value_loss(
+                values, batch.values, batch.returns, clip=self.options["value_clip"]
+            )
+            metrics |= {"value/loss": _tally(value_losses.detach()), "value/explained": _tally(batch.explained)}
+            each = each + self.options["value_weight"] * value_losses
+        return Outcome(
+            loss=Tally(each.sum(), batch.units),
+            metrics=metrics,
+            row_losses=_marked(each, logps.detach()),
+            log_ratio=change,
+            length=torch.ones_like(change),
+            sources=tuple(batch.batch.sources[i] for i in batch.batch.sequence.tolist()),
+        )
+
+
+def ppo(
+    numerics: "Numerics | None" = None,
+    critic: nn.Module | None = None,
+    *,
+    clip: float = 0.2,
+    value_clip: float = 0.2,
+    value_weight: float = 0.1,
+) -> ClippedPolicy:
+    """The objective of PPO: `ppo(clip=0.2)`; the samples it is called on are those of `sampling.rollout`."""
+    return ClippedPolicy({"clip": clip, "value_clip": value_clip, "value_weight": value_weight}, numerics, critic)
 
 
 def objective(

@@ -13,6 +13,7 @@ import torch
 from palate import losses
 from palate.errors import ModelError
 from palate.losses import PairLogps
+from palate.tally import Tally
 from palate.train.objectives import Objective, Outcome
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}  # nats a token
@@ -70,6 +71,38 @@ def check_start(outcomes: Sequence[Outcome], objective: Objective, suspects) -> 
                 next="report this: the loss or its inputs are wrong",
             )
     return report
+
+
+def check_rollout(outcomes: Sequence[Outcome], objective: Objective, *, whitened: bool = False) -> str:
+    """What the first minibatch of the first rollout saw, in one line, if it is what it must be before any update.
+
+    The ratio is 1, so nothing is clipped and the update has moved nothing yet; the policy is the reference, so the KL
+    is 0. whitened: whether the minibatch holds advantages of mean 0, which make a policy loss of 0.
+    Raises ModelError (E602).
+    """
+    allowed = TOLERANCE[objective.numerics.precision if objective.numerics else "float32"]
+    metrics: dict[str, Tally] = {}
+    for outcome in outcomes:
+        for name, tally in outcome.metrics.items():
+            metrics[name] = metrics.get(name, Tally()) + tally
+    largest = max(float(outcome.log_ratio.abs().max()) for outcome in outcomes if outcome.log_ratio is not None)
+    kl = metrics["kl"].mean / max(metrics["length"].mean, 1.0)
+    found = [
+        ("the log-probs of what was sampled differ from those of the update", largest, "nats a token"),
+        ("policy and reference differ, although the policy has not moved", abs(kl), "nats a token"),
+        ("tokens are clipped before any update", metrics["policy/clipped"].mean, "of them"),
+    ]
+    loss = metrics["policy/loss"].mean
+    if whitened:
+        found.append(("the policy loss is off its closed form, 0,", abs(loss), ""))
+    for what, value, unit in found:
+        if not value <= allowed:  # nan too
+            raise ModelError(
+                f"at the first update {what} by {value:.2g} {unit} (allowed: {allowed:g})".replace("  ", " "),
+                code="E602",
+                next="look for dropout, another dtype or a temperature that is not everywhere the same",
+            )
+    return f"start: ratio 1 within {largest:.1g}, KL {abs(kl):.1g} nats a token, policy loss {loss:.1g}"
 
 
 def _reach(outcomes: Sequence[Outcome], objective: Objective) -> float:
