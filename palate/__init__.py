@@ -50,12 +50,15 @@ _HOME = {
     "ranked": "palate.train.objectives",
     "feedback": "palate.train.objectives",
     "completion_nll": "palate.train.objectives",
+    "reward": "palate.train.objectives",
+    "ppo": "palate.train.objectives",
     "OptimConfig": "palate.train.optim",
     "TrainState": "palate.train.loop",
     "steps": "palate.train.loop",
     "Ranks": "palate.distributed",
     "evaluate": "palate.evaluation.preference",
     "generate": "palate.sampling.generate",
+    "open_judge": "palate.sampling.judge",
     "PalateError": "palate.errors",
 }
 

@@ -9,8 +9,14 @@ from collections import deque
 from typing import Any, TextIO
 
 _BARS = "▁▂▃▄▅▆▇█"
-_SHOWN = (("loss", "loss"), ("rewards/margins", "margin"), ("rewards/accuracies", "accuracy"))
-_HELD = (("eval/loss", "loss"), ("eval/rewards/margins", "margin"), ("eval/rewards/accuracies", "accuracy"))
+_SHOWN = (("loss", "loss"), ("rewards/margins", "margin"), ("rewards/accuracies", "accuracy"), ("reward", "reward"))
+_HELD = (
+    ("eval/loss", "loss"),
+    ("eval/rewards/margins", "margin"),
+    ("eval/rewards/accuracies", "accuracy"),
+    ("eval/reward", "reward"),
+    ("eval/kl", "KL"),
+)
 _KEPT = 4096  # points kept of each sparkline; a longer run keeps every second, fourth, ... step
 
 

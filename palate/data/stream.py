@@ -18,12 +18,16 @@ Batch = TypeVar("Batch")
 
 @dataclass(frozen=True)
 class StepBatch(Generic[Batch]):
-    """One optimizer step: this rank's micro-batches, the whole step's units, its rows, and the cursor after it."""
+    """One optimizer step: this rank's micro-batches, the whole step's units, its rows, and the cursor after it.
+
+    seconds: spent on making it, as by sampling; they count as the step's own.
+    """
 
     micro: tuple[Batch, ...]
     units: float
     rows: tuple[int, ...]
     cursor: dict[str, Any]
+    seconds: float = 0.0
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self.micro)

@@ -7,15 +7,18 @@ Departs: completions end at their end token instead of being cut behind it, whic
 """
 
 import copy
+import hashlib
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from palate.errors import ModelError, UsageError
+from palate.errors import CheckpointError, ModelError, UsageError
 from palate.recipes.plan import plan_lines, preview
 from palate.recipes.training import Ending, OwnBatches, TrainConfig, TrainingConfig, open_folder, prepare, train
 from palate.recipes.verbs import number, stderr
@@ -102,9 +105,12 @@ def run(config: PpoConfig, *, verb: str = "ppo", argv=(), say=stderr, panel=None
 
     stop: as for `train`, in rollouts.
     """
+    from palate.distributed import Ranks
     from palate.sampling.judge import open_judge
     from palate.train.objectives import ppo
 
+    if Ranks.current().data_size > 1:
+        raise UsageError("palate ppo runs in one process", code="E308", next="start it without torchrun")
     out, ended = open_folder(config, verb, say)
     if ended is not None:
         return ended
@@ -143,6 +149,7 @@ def run(config: PpoConfig, *, verb: str = "ppo", argv=(), say=stderr, panel=None
 
     def begin(run, groups, held):
         parts.run = run
+        refuse_other_reward(config, run)
         return groups, held, {}, inspect
 
     return train(
@@ -196,8 +203,6 @@ def build(config: PpoConfig, parts: Parts, say, loaded):
 
 def from_reward(config: PpoConfig, loaded, say):
     """The reward model as a critic, if --reward is one and reads the policy's own tokens; else None, said."""
-    from pathlib import Path
-
     from palate.model.load import check_same_tokenizer
     from palate.model.reward import load_reward
 
@@ -210,6 +215,35 @@ def from_reward(config: PpoConfig, loaded, say):
         say(f"critic: begun from the policy, for the reward model has another tokenizer ({error.what})")
         return None
     return found.model
+
+
+def refuse_other_reward(config: PpoConfig, run) -> None:
+    """Writes down what is rewarded by; on resume CheckpointError (E502) where its weights or its source changed."""
+    now = reward_identity(config.reward)
+    began = run.record.get("reward")
+    if began is None:
+        run.status("running", reward=now)
+    elif began != now:
+        what = "what --reward names has changed since the run began"
+        raise CheckpointError(what, where=config.reward, code="E502", next="put it back, or take a new --out")
+
+
+def reward_identity(name: str) -> str:
+    """The name of a reward, with the SHA-256 of a model's weights and config, or of a function's module."""
+    import sys
+
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        folder = folder if (folder / "config.json").is_file() else folder / "model"  # of a run
+        paths = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
+    else:
+        module = sys.modules.get(name.rpartition(":")[0])
+        paths = [Path(module.__file__)] if module is not None and module.__file__ else []
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"{name} {digest.hexdigest()}"
 
 
 def check_room(config: PpoConfig, prepared) -> None:
@@ -258,6 +292,7 @@ def rollouts(config: PpoConfig, prepared, parts: Parts, state) -> Iterator:
     every = config.passes * config.minibatches
     controller = KlController(state.cursor.get("kl_coef", config.kl_coef), config.target_kl, config.kl_horizon)
     for rollout in range(state.step // every, prepared.steps // every):
+        started = time.perf_counter()
         places = [divmod(rollout * each + i, len(rows)) for i in range(each)]
         epochs = {epoch: order(len(rows), config.seed, epoch) for epoch, _ in places}
         taken = [int(epochs[epoch][place]) for epoch, place in places]
@@ -282,7 +317,8 @@ def rollouts(config: PpoConfig, prepared, parts: Parts, state) -> Iterator:
             cut = pack([stream_length(group) for group in mine], config.train.tokens)
             micro = tuple(collate_rollouts([mine[i] for i in indices]) for indices in cut)
             cursor = {"step": step + 1, "rollout": rollout + 1, "kl_coef": controller.coefficient}
-            yield StepBatch(micro, sum(batch.units for batch in micro), tuple(taken), cursor)
+            seconds = 0.0 if step % every else time.perf_counter() - started  # of sampling and judging
+            yield StepBatch(micro, sum(batch.units for batch in micro), tuple(taken), cursor, seconds)
 
 
 def evaluate(config: PpoConfig, prepared, parts: Parts, say, model, held, objective, *, tokens: int) -> dict[str, Any]:

@@ -136,7 +136,8 @@ def steps(
             optimizer.zero_grad()
         state.step, state.cursor = number, dict(batch.cursor)
         tokens = sum(ranks.gather(sum(_tokens(part) for part in micro)))
-        yield Step(number, loss, norm, rate, tokens, time.perf_counter() - started, metrics, batch.rows)
+        seconds = batch.seconds + time.perf_counter() - started
+        yield Step(number, loss, norm, rate, tokens, seconds, metrics, batch.rows)
 
 
 def _reduce(outcomes: list[Outcome], ranks: Ranks) -> tuple[float, dict[str, float], bool]:

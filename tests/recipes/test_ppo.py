@@ -105,6 +105,11 @@ def test_killed_within_a_rollout_and_resumed_it_ends_in_the_same_bits(
         palate("ppo", out="run", **options)
     every = 2 * options.get("minibatches", 1)
     assert seen
+    module = tmp_path / f"{rewarded}.py"
+    module.write_text(REWARD + "# changed")
+    palate("ppo", out="run", resume=True, **options)
+    assert palate.code == 3 and "has changed since" in palate.said
+    module.write_text(REWARD)
     assert all(int(path.name[5:]) % every == 0 for path in Path("run/checkpoints").glob("step-*"))
     palate.ok("ppo", out="run", resume=True, **options)
     one, two = ends("run"), ends("straight")
