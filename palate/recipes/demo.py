@@ -22,6 +22,9 @@ BETA, RATE, BATCH, TOKENS = 0.5, 2e-4, 64, 4096
 FEWEST, MOST = 12, 60  # steps: fewer teach too little, more are not needed
 LONGEST = 96  # tokens of a completion; the longest reviews of this world have some 80
 TRIED = 96  # pairs of the trial that the plan is made from
+# all that a demo leaves in its folder, finished or not
+MADE = {".lock", "run.json", "config.yaml", "data.json", "metrics.jsonl", "samples.jsonl", "retention.json"}
+MADE |= {"reference.safetensors", "scoring", "checkpoints", "model", "compare", "report.html"}
 
 
 class DemoConfig(BaseModel):
@@ -211,17 +214,23 @@ def _seconds(work: Callable) -> float:
 
 
 def clear(out: Path) -> None:
-    """Removes what a demo made at --out; UsageError (E313) where anything else is there."""
-    from palate.files import read_json, remove_tree
+    """Removes what a demo made at --out. An empty folder stays as it is.
 
-    if not out.exists():
+    Raises UsageError (E313) where anything else is there, MachineError (E503) while another process works in it.
+    """
+    from palate.files import Lock, read_json, remove_tree
+
+    left = {path.name for path in out.iterdir()} if out.is_dir() else {"a file"} if out.exists() else set()
+    if not left:
         return
-    left = {path.name for path in out.iterdir()} if out.is_dir() else {"a file"}
-    if (out / "run.json").is_file():
-        record = read_json(out / "run.json")
-        argv = record.get("argv") if isinstance(record, dict) else None
-        if isinstance(argv, list) and argv[1:2] == ["demo"]:
-            return remove_tree(out)
-    if left - {"config.yaml", ".lock"}:
+    record = read_json(out / "run.json") if (out / "run.json").is_file() else {"argv": None}
+    argv = record.get("argv") if isinstance(record, dict) else None
+    begun = ".lock" in left and not left - {".lock", "config.yaml"}  # it was stopped before it had a run.json
+    if not begun and not (isinstance(argv, list) and argv[1:2] == ["demo"]):
         raise UsageError("holds something that no demo made", where=str(out), code="E313", next="take a new --out")
-    return remove_tree(out)
+    if foreign := sorted(name for name in left - MADE if not (name.startswith(".") and name.endswith(".tmp"))):
+        what = f"holds {foreign[0]}, which no demo made, beside an earlier demo"
+        raise UsageError(what, where=str(out), code="E313", next="move it elsewhere, or take a new --out")
+    if ".lock" in left:
+        Lock(out / ".lock").close()
+    remove_tree(out)

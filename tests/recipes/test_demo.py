@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from palate import builtin
-from palate.errors import UsageError
+from palate.errors import MachineError, UsageError
 from palate.evaluation.statistics import wilson
-from palate.recipes.demo import FEWEST, MOST, DemoConfig, Pace, clear, command_of, examples
+from palate.files import Lock
+from palate.recipes.demo import FEWEST, MADE, MOST, DemoConfig, Pace, clear, command_of, examples
 
 HAS_MODELS = builtin.model_folder("tiny").is_dir()
 
@@ -51,6 +52,7 @@ def test_the_demo_ends_better_anywhere(tmp_path):
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "How was the hotel in Alden?"}], tokenize=True,
                                         add_generation_prompt=True, return_tensors="pt", return_dict=True)  # fmt: skip
     assert model.generate(**ids, max_new_tokens=4).shape[1] == ids["input_ids"].shape[1] + 4
+    assert {path.name for path in out.iterdir()} <= MADE
 
 
 @pytest.mark.slow
@@ -65,11 +67,11 @@ def test_too_little_time_is_no_better_model_and_says_so(tmp_path):
 
 
 def test_the_clock_decides_the_steps():
-    pace = Pace(step=1.0, scored=0.001, sampled=0.01)
+    pace = Pace(step=1.8, scored=0.001, sampled=0.01)
     taken = [pace.steps(seconds) for seconds in (1, 60, 100, 150, 100_000)]
     assert taken == sorted(taken) and taken[0] == FEWEST and taken[-1] == MOST
     assert FEWEST < taken[3] < MOST
-    assert taken[3] * pace.step < 150 * 0.75
+    assert taken[3] * 1.8 < 150 * 0.75
 
 
 def test_a_command_is_what_a_shell_would_run():
@@ -95,6 +97,33 @@ def test_only_what_a_demo_made_is_replaced(tmp_path):
     (made / "run.json").write_text(json.dumps({"id": "x", "verb": "dpo", "argv": ["palate", "demo", "--seed", "1"]}))
     clear(made)
     assert not made.exists()
+
+
+def test_nothing_of_the_users_goes_with_an_earlier_demo(tmp_path, monkeypatch):
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "config.yaml").write_text("mine: 1")  # no demo began here: there is no lock
+    made = tmp_path / "made"
+    (made / "model").mkdir(parents=True)
+    (made / "run.json").write_text(json.dumps({"id": "x", "verb": "dpo", "argv": ["palate", "demo"]}))
+    (made / "notes.txt").write_text("which of the completions I liked")
+    for folder in (project, made):
+        with pytest.raises(UsageError, match=r"no demo made.*E313"):
+            clear(folder)
+    assert (project / "config.yaml").exists() and (made / "notes.txt").exists() and (made / "model").exists()
+    (project / "config.yaml").unlink()
+    monkeypatch.chdir(project)
+    clear(Path("."))  # an empty folder is what a run may begin in
+    assert project.is_dir()
+
+
+def test_a_demo_that_is_still_at_work_is_left_alone(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"id": "x", "verb": "dpo", "argv": ["palate", "demo"]}))
+    with Lock(tmp_path / ".lock"), pytest.raises(MachineError, match="in use"):
+        clear(tmp_path)
+    assert (tmp_path / "run.json").exists()
+    clear(tmp_path)
+    assert not tmp_path.exists()
 
 
 def test_examples_are_a_quarter_half_and_three_quarters_up(tmp_path):
