@@ -70,15 +70,22 @@ def design_effect(scores: Sequence[float] | np.ndarray, clusters: Sequence[int] 
     """How many times more cases are needed because they come in clusters, at least 1; 1 where each stands alone.
 
     scores: in [0, 1]. clusters: which cluster each belongs to, such as its prompt.
-    The variance of the mean over whole clusters, against that of a share of independent cases.
+    The variance of the mean over whole clusters, against that of a share of independent cases; by Student's quantile,
+    since few clusters tell little of it. At most what clusters that are alike within come to, and that where no two
+    scores differ.
     Source: Kish 1965, Survey Sampling, section 8.2; as in Korn and Graubard 1998, Survey Methodology 24, p. 193.
     """
+    from scipy.stats import norm, t
+
     scores = np.asarray(scores, dtype=np.float64)
     _, place, sizes = np.unique(np.asarray(clusters), return_inverse=True, return_counts=True)
-    if len(sizes) < 2 or sizes.max() == 1:
+    if not len(sizes) or sizes.max() == 1:
         return 1.0
-    mean = scores.mean()
+    mean, most = scores.mean(), float((sizes**2).sum()) / len(scores)
     expected = mean * (1 - mean) / len(scores)
+    if len(sizes) == 1 or expected == 0:
+        return most
     sums = np.bincount(place, weights=scores - mean, minlength=len(sizes))
     found = float((sums**2).sum()) * len(sizes) / (len(sizes) - 1) / len(scores) ** 2
-    return max(1.0, found / expected) if expected > 0 else 1.0
+    few = (t.ppf(0.975, len(sizes) - 1) / norm.ppf(0.975)) ** 2
+    return min(most, max(1.0, few * found / expected))

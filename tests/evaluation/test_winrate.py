@@ -86,10 +86,24 @@ def test_several_samples_of_a_prompt_are_no_independent_cases():
 
 def test_design_effect_by_hand():
     assert design_effect([1, 0, 1, 0], [0, 1, 2, 3]) == 1
-    # two clusters of two, all alike within: the variance of a mean of 2, not 4; k / (k - 1) = 2 for so few clusters
-    assert design_effect([1, 1, 0, 0], [0, 0, 1, 1]) == pytest.approx(4.0)
+    # twelve clusters of two: sums of squares of 0.5, 12 / 11 and Student's 2.201 for the 11 that remain
+    alike = design_effect([1, 1, 0, 0] * 3 + [1, 0] * 6, np.repeat(range(12), 2))
+    assert alike == pytest.approx(min(2, (2.2009852 / 1.9599640) ** 2 * 12 / 11 * 6 / 24**2 / (0.25 / 24)))
+    assert design_effect([1, 1, 0, 0], [0, 0, 1, 1]) == 2  # alike within: two cases, not four
     assert design_effect([1, 0, 0, 1], [0, 0, 1, 1]) == 1
-    assert design_effect([1, 1, 1, 1], [0, 0, 1, 1]) == 1
+    assert design_effect([1, 1, 1, 1], [0, 0, 1, 1]) == 2  # nothing shows that the four are independent
+    assert design_effect([1, 0, 1], [0, 0, 0]) == 3
+
+
+@pytest.mark.parametrize("count, each", [(1, 20), (2, 8), (3, 8), (10, 4), (30, 4)])
+def test_few_prompts_with_many_samples_show_little(count, each):
+    """Where every prompt has its own favourite and neither is better over all, hardly a match says better."""
+    rng, better = np.random.default_rng(count), 0
+    for _ in range(400):
+        chance = np.repeat(rng.beta(0.3, 0.3, count), each)
+        outcomes = (rng.random(len(chance)) < chance).astype(float).tolist()
+        better += match("a", "b", "j", outcomes, prompts=np.repeat(range(count), each).tolist()).better
+    assert better <= 0.025 * 400 + 6
 
 
 @pytest.mark.parametrize("seed", range(20))
