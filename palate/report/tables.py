@@ -111,7 +111,7 @@ def _unless(value: Any, show) -> str:
 
 def commands(run: Reading) -> list[tuple[str, str]]:
     """(what it does, the command): as it was typed, to go on, and to do the same again."""
-    config = ["palate", run.record.verb, "-c", str(run.path / "config.yaml"), "--out"]
+    config = ["palate", *run.record.verb.split(), "-c", str(run.path / "config.yaml"), "--out"]
     made = [("as it was typed", shlex.join(run.record.argv))] if run.record.argv else []
     if run.status == "interrupted":
         made.append(("goes on from the last checkpoint", shlex.join([*config, str(run.path), "--resume"])))

@@ -104,6 +104,10 @@ def test_unfinished_runs_say_so_on_top(folder, report):
     assert "This run was interrupted" in report(running).text  # its process is gone
 
 
+def test_a_verb_of_two_words_is_run_again_as_two(folder, report):
+    assert "palate sweep dpo -c" in report(folder(verb="sweep dpo")).text
+
+
 def test_before_any_step_nothing_is_concluded(folder, report):
     page = report(folder(status="failed", lines=[evaluation(0)], samples=[])).text
     assert "after step 0" in page
