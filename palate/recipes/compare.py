@@ -54,7 +54,11 @@ def run(config: CompareConfig, *, verb: str = "compare", argv=(), say=stderr, pa
     check_model_options(config, *(models or ["new:"]))
     refuse_self_judge(config, models)
     if config.out is not None:
-        check_out(Path(config.out))
+        try:
+            check_out(Path(config.out))
+        except UsageError as error:
+            error.next = "take a new --out"  # nothing here can be resumed
+            raise
     records = read_prompts(config.data, columns=config.columns or None, format=config.format, bad_rows=config.bad_rows)
     distinct = list({record.prompt: record for record in reversed(records)}.values())[::-1]
     if len(distinct) < len(records):
@@ -159,6 +163,8 @@ def read_completions(name: str) -> dict[Any, list[dict[str, Any]]]:
             }
             made.setdefault(side(row.value["prompt"], "prompt"), []).append(one)
         except RowError as problem:
+            if "--" in problem.next:  # --columns and --bad-rows are of --data
+                problem.next = "mend the row; palate generate writes such files"
             raise problem.at(f"{path}:{row.line}") from None
     return made
 

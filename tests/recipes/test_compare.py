@@ -282,7 +282,9 @@ GOOD = '{"prompt": "Say 0:", "completion": "x"}\n'
         (("a.jsonl", "b.jsonl"), {"revision": "main"}, 2, ("no effect on local models",)),
         (("a.jsonl", "few.jsonl"), {}, 3, ("few.jsonl", "11 of 12 prompts", "'Say 1:'", "p.jsonl:2", "E236")),
         (("a.jsonl", "odd.jsonl"), {}, 3, ("odd.jsonl:2", "completion", "E203")),
-        (("a.jsonl", "none.jsonl"), {}, 3, ("none.jsonl:1", "completion")),
+        (("a.jsonl", "none.jsonl"), {}, 3, ("none.jsonl:1", "completion", "Next: mend the row")),
+        (("a.jsonl", "text.jsonl"), {"bad_rows": "skip"}, 3, ("text.jsonl:1", "not JSON", "Next: mend the row")),
+        (("a.jsonl", "b.jsonl"), {"out": "full"}, 2, ("full", "E313", "Next: take a new --out.")),
         (("a.jsonl", "cut.jsonl"), {}, 3, ("cut.jsonl:2", "truncated?")),
         (("a.jsonl", "ends.jsonl"), {}, 3, ("ends.jsonl:1", "finished")),
         (("a.jsonl", "empty.jsonl"), {}, 3, ("empty.jsonl", "no rows")),
@@ -295,6 +297,9 @@ def test_bad_input_is_one_message_and_nothing_is_written(palate, three, contesta
     Path("cut.jsonl").write_text(GOOD + GOOD[:20])
     Path("ends.jsonl").write_text(GOOD.replace('"x"', '"x", "finished": "yes"'))
     Path("empty.jsonl").write_text("")
+    Path("text.jsonl").write_text("A review.\n")
+    Path("full").mkdir()
+    Path("full/mine.txt").write_text("")
     before = sorted(os.listdir())
     options = {"data": "p.jsonl", "judge": f"{three}:longer", "out": "made"} | options
     options["judge"] = options["judge"] and options["judge"].replace("JUDGE", three)
