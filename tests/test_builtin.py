@@ -77,7 +77,7 @@ def test_held_out_losses_are_those_of_the_cards(model):
 
 
 def test_names_that_are_not_there():
-    with pytest.raises(NotThereError, match=r"did you mean builtin:tiny.*"):
+    with pytest.raises(NotThereError, match=r"no built-in model of this name.*did you mean builtin:tiny"):
         builtin.model_folder("builtin:tinny")
     with pytest.raises(NotThereError, match=r"builtin:reviews/heldout"):
         builtin.data_file("zzz")

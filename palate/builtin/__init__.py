@@ -28,7 +28,7 @@ def data_file(name: str) -> Path:
 
 def model_folder(name: str) -> Path:
     """The folder of a built-in model, with or without "builtin:". Raises NotThereError (E401)."""
-    return _there(name, MODELS, "models", "E401") / name.removeprefix(PREFIX)
+    return _there(name, MODELS, "model", "E401") / name.removeprefix(PREFIX)
 
 
 def _there(name: str, known: dict[str, str], what: str, code: str) -> Path:
