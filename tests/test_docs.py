@@ -76,6 +76,13 @@ def test_the_tables_are_current(page):
     assert (ROOT / "docs" / page).read_text(encoding="utf-8") == tables.PAGES[page](), "run `make docs`"
 
 
+def test_the_comparison_of_the_readme_lies_where_the_report_looks():
+    lines = [line.partition("#")[0].split() for block in blocks("README.md", "") for line in block.splitlines()]
+    (run,) = [line[2] for line in lines if line[:2] == ["palate", "report"]]
+    (compared,) = [line for line in lines if line[:3] == ["palate", "compare", run]]
+    assert compared[compared.index("--out") + 1] == f"{run}/compare"
+
+
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
 def test_paths_named_in_the_pages_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")
