@@ -104,7 +104,7 @@ def displacement(names: tuple[str, str], before: dict, after: dict) -> list[str]
         )
         said.append(
             "A small fall is usual where the model was fine-tuned on these completions before. If the samples got "
-            "worse, try a larger beta, a lower learning rate, --loss smaug or irpo, or "
+            "worse, try a larger beta, a lower learning rate, --loss dpop or dpo_nll, or "
             f"{good} completions nearer to what the model writes."
         )
     elif rose > 0:
