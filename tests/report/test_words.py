@@ -60,3 +60,13 @@ def test_long_text_is_cut_and_counted():
 )
 def test_verdict_parts(sentence, parts):
     assert verdict_parts(sentence) == parts
+
+
+def test_losses_that_are_advised_exist():
+    import inspect
+    import re
+
+    from palate.losses import LOSSES
+
+    advised = re.findall(r"--loss (\w+) or (\w+)", inspect.getsource(words))
+    assert advised and {name for pair in advised for name in pair} <= set(LOSSES)
