@@ -341,6 +341,7 @@ def new_folder(final: str | os.PathLike, metadata: Mapping[str, Any] | None = No
         yield temporary
         with machine_errors(final):
             _seal(temporary, metadata or {})
+            _share(temporary)
             _refuse_existing(final)
             operations.rename(temporary, final)
     except BaseException:
@@ -350,6 +351,15 @@ def new_folder(final: str | os.PathLike, metadata: Mapping[str, Any] | None = No
     with machine_errors(final):
         operations.fsync_dir(final.parent)
     verify_folder(final)
+
+
+def _share(folder: Path) -> None:
+    """Gives every file the permissions of the manifest, a common new file: safetensors keeps its own to their owner."""
+    mode = (folder / MANIFEST).stat().st_mode & 0o777
+    for file in _walk(folder):
+        if not file.is_symlink() and file.stat().st_mode & 0o777 != mode:
+            with contextlib.suppress(OSError):  # a file system that knows no permissions
+                file.chmod(mode)
 
 
 def verify_folder(path: str | os.PathLike) -> dict[str, Any]:

@@ -251,6 +251,17 @@ def test_a_folder_appears_whole(tmp_path):
     assert os.listdir(tmp_path / "runs") == ["a"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
+def test_whoever_may_read_the_manifest_may_read_the_weights(tmp_path):
+    """Libraries write weights through a temporary file that its owner alone may read."""
+    with files.new_folder(tmp_path / "model") as folder:
+        (folder / "weights").write_bytes(b"1")
+        (folder / "weights").chmod(0o600)
+    modes = {file.name: file.stat().st_mode for file in (tmp_path / "model").iterdir()}
+    assert modes["weights"] == modes[files.MANIFEST]
+    files.verify_folder(tmp_path / "model")
+
+
 def test_a_folder_is_never_written_over(tmp_path):
     (tmp_path / "a").mkdir()
     with pytest.raises(UsageError, match="E313"), files.new_folder(tmp_path / "a"):
