@@ -2,6 +2,7 @@
 
 import pytest
 
+from palate.report import words
 from palate.report.words import cut, duration, interval, number, percent, plural, size, verdict_parts
 
 
