@@ -3,8 +3,8 @@
 Successive halving: all cells train to the first rung, the best third of them to the next, and so on. A rung is an
 ordinary checkpoint of a run whose schedule is the whole one's, so a cell that goes on ends as if it had never stopped.
 Source: Jamieson and Talwalkar 2016, arXiv:1502.07943, figure 3; Karnin et al. 2013 (the idea).
-Departs: cells are resumed, not trained anew, so a rung costs its new steps alone; the number of rungs follows from what
-the whole may cost.
+Departs: cells are resumed, not trained anew, so a rung costs its new steps alone; the rungs follow from what the
+whole may cost.
 """
 
 import gc
@@ -32,7 +32,7 @@ from palate.recipes.standings import HIGHER, LOWER, Cell, as_text, draw, in_orde
 from palate.recipes.training import MAY_CHANGE, Paused, TrainingConfig, open_folder, resolved
 from palate.recipes.verbs import Say, stderr
 
-SHARE = 1 / 3  # of the full grid's steps that halving may cost
+PART = 3  # halving may cost one part in so many of the full grid's steps
 # what cannot change how many rows and steps there are, so that one dry run counts for all
 SAME_ROWS = re.compile(r"(lr|beta|loss_options\..+|lora_rank|lora_alpha|train\..+)\Z")
 
@@ -100,16 +100,15 @@ RUNS: dict[str, Callable] = {"dpo": preference.run, "kto": preference.run, "sft"
 def rungs(steps: int, cells: int, eta: int) -> list[int]:
     """Steps at which cells are compared, rising, each eta times the one before, the last `steps`.
 
-    As few as bring the cost to a third of the full grid's; where none does (under four cells, or few steps), one.
+    The first is as late as a third of the full grid's cost allows, for early numbers mislead; among equals the fewest
+    rungs. Where nothing costs a third (under four cells, or few steps), cells are compared once, at steps / eta.
     """
-    for count in itertools.count(1):
-        first = steps // eta**count
-        if not first:
-            break
-        found = [first * eta**i for i in range(count)] + [steps]
-        if cost(found, cells, eta) <= SHARE * cells * steps:
-            return found
-    return [steps // eta, steps] if steps >= eta and cells > 1 else [steps]
+    best: list[int] = []
+    for count in itertools.takewhile(lambda count: eta ** (count - 1) < steps, itertools.count(1)):
+        firsts = range((steps - 1) // eta ** (count - 1), best[0] if best else 0, -1)
+        tried = ([first * eta**i for i in range(count)] + [steps] for first in firsts)
+        best = next((found for found in tried if PART * cost(found, cells, eta) <= cells * steps), best)
+    return best or ([steps // eta, steps] if steps >= eta and cells > 1 else [steps])
 
 
 def cost(found: Sequence[int], cells: int, eta: int) -> int:

@@ -46,13 +46,17 @@ def test_four_cells_and_more_cost_at_most_a_third(steps, cells, eta):
     assert [found[0] * eta**i for i in range(len(found) - 1)] == found[:-1]
     assert found == sorted(set(found))
     assert cost(found, cells, eta) <= cells * steps / 3
-    if len(found) > 2:  # one rung less would have cost more
-        fewer = [steps // eta ** (len(found) - 2 - i) for i in range(len(found) - 2)] + [steps]
-        assert cost([fewer[0] * eta**i for i in range(len(fewer) - 1)] + [steps], cells, eta) > cells * steps / 3
+    for count in range(1, len(found) + 2):  # no plan begins later
+        first = found[0] + 1
+        later = [first * eta**i for i in range(count)] + [steps]
+        assert later[-2] >= steps or cost(later, cells, eta) > cells * steps / 3
 
 
 def test_rungs_by_hand():
-    assert rungs(90, 12, 3) == [10, 30, 90]
+    assert rungs(90, 12, 3) == [15, 45, 90]  # 17 * 15 + 90 <= 360, and 17 * 16 + 90 is more
+    assert cost([15, 45, 90], 12, 3) == 12 * 15 + 4 * 30 + 1 * 45
+    assert rungs(90, 5, 3) == [15, 90]
+    assert rungs(1, 12, 3) == [1]
     assert cost([10, 30, 90], 12, 3) == 12 * 10 + 4 * 20 + 1 * 60
     assert [survivors(12, 3, rung) for rung in range(3)] == [12, 4, 1]
     assert rungs(90, 1, 3) == [90]
@@ -171,7 +175,7 @@ def ends(run: Path):
 def test_a_sweep_from_end_to_end(palate, tiny, files):
     result = palate.ok("sweep", "dpo", *GRID, model=tiny, out="s", **files, **SMALL)
     found = table()
-    assert found["rungs"] == [1, 3, 9]
+    assert found["rungs"] == [1, 9]
     assert [cell["name"] for cell in found["cells"]] == ["lr=1e-05", "lr=0.001", "lr=0.003", "lr=1e+12"]
     states = {cell["name"]: (cell["state"], cell["steps"]) for cell in found["cells"]}
     assert found["best"] == result["best"]
@@ -251,7 +255,7 @@ def test_cells_of_unequal_length(palate, tiny, files):
 def test_a_dry_run_writes_nothing(palate, tiny, files, tmp_path):
     before = tree(tmp_path)
     result = palate.ok("sweep", "dpo", *GRID, model=tiny, out="s", dry_run=True, **files, **SMALL)
-    assert result["rungs"] == [1, 3, 9]
+    assert result["rungs"] == [1, 9]
     assert result["compute_share"] == pytest.approx(1 / 3)
     assert tree(tmp_path) == before
 
