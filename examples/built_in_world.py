@@ -72,8 +72,9 @@ def show(rows) -> str:
     lines = [
         "## The demo on three seeds",
         "",
-        "`palate demo`: `builtin:tiny` trained on `builtin:reviews`, compared with its start on `builtin:prompts[:300]`,",
-        "on which nothing was tuned (same seed of sampling, temperature 1), by the world's own rule. Ties count half;",
+        "`palate demo`: `builtin:tiny` trained on `builtin:reviews`, compared with its start on",
+        "`builtin:prompts[:300]`, on which nothing was tuned (same seed of sampling, temperature 1), by the world's",
+        "own rule. Ties count half;",
         "Wilson's 95 % interval. KL: of the result from the start, nats a completion, sampled. Reward: the rule's",
         "mean, from -17 to 3.",
         "*swapped*: the same with chosen and rejected exchanged, which must come out worse.",

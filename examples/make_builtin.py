@@ -27,7 +27,7 @@ A Llama of {parameters:,} parameters for demonstrations and tests: it knows some
 the world. Held-out loss: {loss:.4f} nats a token, over {tokens:,} tokens.
 
 Made by `python examples/make_builtin.py` out of texts that a grammar wrote (palate/worlds/reviews.py); no other data.
-"""
+"""  # noqa: E501
 
 
 def palate(*argv: object) -> dict:

@@ -40,7 +40,8 @@ def test_the_demo_ends_better_anywhere(tmp_path):
     assert made.returncode == 0, made.stderr
     assert "Traceback" not in made.stderr and "Warning" not in made.stderr
     found = json.loads(made.stdout.splitlines()[-1])
-    assert found["verdict"] == "better" and found["better"] and found["seconds"] < 400  # 150 where no other tests share the cores
+    assert found["verdict"] == "better" and found["better"]
+    assert found["seconds"] < 400  # under 180 where no other tests share the cores
     share = wilson(found["wins"] + found["ties"] / 2, found["n"])
     assert (found["n"], found["low"], found["high"]) == (300, pytest.approx(share.low), pytest.approx(share.high))
     assert found["low"] > 0.5 and found["kl"] > 0 and found["reward"]["after"] > found["reward"]["before"]
