@@ -53,7 +53,13 @@ class Cell:
 
 
 def ranking(cells: Iterable[Cell], key: str) -> list[Cell]:
-    """Best first: by the metric, then the margin, then the loss, then the grid's order."""
+    """Best first: by the metric, then the margin, then the loss, then the grid's order.
+
+    Accuracies on a few hundred pairs are coarse, and early in a run they are as high at tiny rates as at good ones. So
+    cells within one standard error of the highest count as tied, and the held-out loss, which sees how far a cell has
+    come, puts them in order; not where the cells have different losses.
+    Source: the one-standard-error rule, Breiman, Friedman, Olshen and Stone 1984, section 3.4.3.
+    """
 
     def value(cell: Cell, name: str) -> float:
         found = cell.line.get(name)
@@ -61,7 +67,17 @@ def ranking(cells: Iterable[Cell], key: str) -> list[Cell]:
             return math.inf
         return found if name in LOWER else -found
 
-    return sorted(cells, key=lambda cell: [value(cell, name) for name in (key, "eval/rewards/margins", "eval/loss")])
+    def by(*names: str):
+        return lambda cell: [value(cell, name) for name in names]
+
+    found = sorted(cells, key=by(key, "eval/rewards/margins", "eval/loss"))
+    best = found[0].line.get(key) if found else None
+    varied = any(path == "loss" or path.startswith("loss_options.") for path in (found[0].options if found else ()))
+    if not key.endswith("accuracies") or best is None or varied:
+        return found
+    error = math.sqrt(best * (1 - best) / found[0].line["eval/count"])
+    tied = [cell for cell in found if value(cell, key) <= error - best]
+    return sorted(tied, key=by("eval/loss")) + found[len(tied) :]
 
 
 def in_order(cells: list[Cell], key: str) -> list[Cell]:

@@ -64,16 +64,31 @@ def test_rungs_by_hand():
     assert rungs(90, 2, 3) == [30, 90]  # no halving of two cells costs a third
 
 
+def standing(name, accuracy, margin, loss, count=10_000, **options):
+    line = {"eval/rewards/accuracies": accuracy, "eval/rewards/margins": margin, "eval/loss": loss, "eval/count": count}
+    return Cell(name, options, None, line=line)
+
+
+def names(cells, key="eval/rewards/accuracies"):
+    return "".join(cell.name for cell in ranking(cells, key))
+
+
 def test_ties_are_broken_by_margin_then_loss_then_order():
-    key = "eval/rewards/accuracies"
+    cells = [standing("a", 0.5, 9, 0), standing("b", 0.9, 9, 5), standing("c", 0.7, 1, 2), standing("d", 0.7, 2, 2),
+             standing("e", 0.7, 2, 1), standing("f", 0.7, 2, 1), standing("g", None, 9, 0)]  # fmt: skip
+    assert names(cells) == "befdcag"
+    assert names(cells, "eval/loss")[:2] == "ag"
+    assert ranking([], "eval/loss") == []
 
-    def cell(name, accuracy, margin, loss):
-        return Cell(name, {}, None, line={key: accuracy, "eval/rewards/margins": margin, "eval/loss": loss})
 
-    cells = [cell("a", 0.5, 9, 0), cell("b", 0.7, 1, 2), cell("c", 0.7, 2, 2), cell("d", 0.7, 2, 1),
-             cell("e", 0.7, 2, 1), cell("f", None, 9, 0)]  # fmt: skip
-    assert [c.name for c in ranking(cells, key)] == ["d", "e", "c", "b", "a", "f"]
-    assert [c.name for c in ranking(cells, "eval/loss")][:2] == ["a", "f"]
+def test_cells_within_a_standard_error_are_in_the_order_of_their_loss():
+    error = (0.7 * 0.3 / 300) ** 0.5  # 2.6 points
+    cells = [standing("a", 0.7, 1, 0.66, 300), standing("b", 0.7 - error + 1e-9, 1, 0.60, 300),
+             standing("c", 0.69, 1, 0.64, 300), standing("d", 0.7 - error - 1e-9, 9, 0.10, 300)]  # fmt: skip
+    assert names(cells) == "bcad"
+    for cell in cells:  # other losses are no common measure
+        cell.options = {"loss": "ipo"}
+    assert names(cells) == "acbd"
 
 
 # the grid
@@ -98,9 +113,9 @@ def test_cells_are_all_combinations_in_order():
 
 def test_names_are_folders_whatever_the_values_are():
     found = cells_of(grid(grid={"reference": ["a/b c", "a:b c", "../x"], "lr": ["auto", 1e-5]}))
-    names = [cell.name for cell in found]
-    assert len(set(names)) == 6
-    assert not [name for name in names if set(name) & set('/\\:*?"<>| ')]
+    folders = [cell.name for cell in found]
+    assert len(set(folders)) == 6
+    assert not [name for name in folders if set(name) & set('/\\:*?"<>| ')]
 
 
 REFUSED = [
@@ -167,9 +182,9 @@ def test_other_refusals(palate, tiny, files, tmp_path):
 def ends(run: Path):
     """Weights, moments, metrics but times, samples."""
     last = sorted((run / "checkpoints").glob("step-*"))[-1]
-    names = [last / "model.safetensors", last / "optimizer.safetensors", run / "model" / "model.safetensors"]
+    files = [last / "model.safetensors", last / "optimizer.safetensors", run / "model" / "model.safetensors"]
     samples = (run / "samples.jsonl").read_bytes(), (run / "retention.json").read_bytes()
-    return last.name, [name.read_bytes() for name in names], metrics(run), samples
+    return last.name, [file.read_bytes() for file in files], metrics(run), samples
 
 
 def test_a_sweep_from_end_to_end(palate, tiny, files):
