@@ -60,7 +60,7 @@ def test_the_loss_is_what_sft_would_say(palate, tiny, tmp_path):
 
 
 def test_an_overtrained_run_is_flagged(palate, tiny, tmp_path):
-    result = palate.ok("dpo", model=tiny, out="r", **held_out(tmp_path), **SMALL | {"lr": 0.1, "steps": 8})
+    result = palate.ok("dpo", model=tiny, out="r", **held_out(tmp_path), **SMALL | {"lr": 0.3, "steps": 12})
     flagged = result["retention"]["flags"]
     assert any("demonstrations" in sentence for sentence in flagged)
     assert palate.code == 0  # a warning, no error
