@@ -59,6 +59,7 @@ _HOME = {
     "evaluate": "palate.evaluation.preference",
     "generate": "palate.sampling.generate",
     "open_judge": "palate.sampling.judge",
+    "best_of": "palate.sampling.best_of",
     "PalateError": "palate.errors",
 }
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from palate.errors import DataError, NotBetterError, UsageError
-from palate.recipes.generate import SamplingConfig, as_rows, draw, encoded, load_policy, plain_prompt
+from palate.recipes.generate import SamplingConfig, as_rows, check_prompts, draw, encoded, load_policy, plain_prompt
 from palate.recipes.verbs import ReadConfig, Say, check_model_options, stderr
 
 
@@ -180,18 +180,6 @@ def check_complete(name: str, made: dict, records: Sequence, say: Say) -> None:
         raise DataError(f"{what} ({missing[0].source})", where=name, code="E236", next=hint)
     if extra := len(made) - len(records):
         say(f"{name}: {extra} other prompts are left aside")
-
-
-def check_prompts(judge, records: Sequence) -> None:
-    """Nothing, where the rule knows every prompt; else its DataError with the prompt's line, before a model is run."""
-    from palate.sampling.judge import Completion
-
-    for record in records:
-        try:
-            judge.scores([record.prompt], [Completion("")])
-        except DataError as error:
-            error.where = error.where or str(record.source)
-            raise
 
 
 class Drift:

@@ -57,14 +57,22 @@ class Judge:
         """Whether the judge gives a completion a number by itself, as rewards and best-of-N need it."""
         return self.score is not None
 
+    def require_scores(self, where: str = "judge") -> None:
+        """Nothing, where it gives a completion a number by itself; UsageError (E308) for a judge that only compares.
+
+        where: the option that names it.
+        """
+        if self.score is None:
+            what = f"{self.name} compares two completions, it gives none a score"
+            raise UsageError(what, where=where, code="E308", next="take a judge of one completion")
+
     def scores(self, prompts: Sequence[Text], completions: Completions) -> list[float]:
         """One number a completion, larger is better. What is there twice is asked once, so it has one score.
 
         Raises UsageError for a judge that only compares, DataError (E601) where a number is not finite.
         """
-        if self.score is None:
-            what = f"judge {self.name} compares two completions, it gives none a score"
-            raise UsageError(what, where="judge", code="E308", next="take a judge of one completion")
+        self.require_scores()
+        assert self.score is not None
         asked = dict.fromkeys(zip(prompts, completions, strict=True))
         values = self.score([prompt for prompt, _ in asked], [completion for _, completion in asked])
         known = dict(zip(asked, _finite(values, self.name), strict=True))
