@@ -54,7 +54,7 @@ def control(args, keep) -> None:
         )
         found = palate(
             *("compare", out, "builtin:tiny", "--data", "builtin:prompts[:300]", "--judge", "rule"),
-            *("--max-tokens", 96, "--seed", seed, "--out", out / "compare"),
+            *("--max-tokens", 96, "--temperature", 0.7, "--seed", seed, "--out", out / "compare"),
         )
         palate("report", out)
         row = picked(found | {"steps": trained["steps"], "accuracy": trained["after"]["eval/rewards/accuracies"]})
@@ -73,7 +73,7 @@ def show(rows) -> str:
         "## The demo on three seeds",
         "",
         "`palate demo`: `builtin:tiny` trained on `builtin:reviews`, compared with its start on",
-        "`builtin:prompts[:300]`, on which nothing was tuned (same seed of sampling, temperature 1), by the world's",
+        "`builtin:prompts[:300]`, on which nothing was tuned (same seed of sampling, temperature 0.7), by the world's",
         "own rule. Ties count half;",
         "Wilson's 95 % interval. KL: of the result from the start, nats a completion, sampled. Reward: the rule's",
         "mean, from -17 to 3.",

@@ -69,7 +69,7 @@ def run(config: CompareConfig, *, verb: str = "compare", argv=(), say=stderr, pa
     judge = open_judge(config.judge, device=config.device, seed=config.seed)
     if config.judge == "rule":
         check_prompts(judge, distinct)
-    made, drift = dict(files), Drift(*config.contestants[:2])
+    made, drift = dict(files), Drift(*config.contestants[:2], config.temperature)
     for name in models:
         made[name] = completed(config, name, distinct, say, drift)
     made = {name: made[name] for name in dict.fromkeys(config.contestants)}
@@ -88,7 +88,7 @@ def run(config: CompareConfig, *, verb: str = "compare", argv=(), say=stderr, pa
     facts: dict[str, Any] = {
         "length": means(distinct, before, after, "tokens"),
         "reward": means(distinct, before, after, "score"),
-        "kl": drift.kl if config.temperature == 1 else None,
+        "kl": drift.kl,
     }
     several = {"matches": [asdict(one) for one in matches]} if len(matches) > 1 else {}
     if config.out is not None:
@@ -185,11 +185,12 @@ def check_complete(name: str, made: dict, records: Sequence, say: Say) -> None:
 class Drift:
     """How far the first contestant's completions are from the second: the mean of log pi_a - log pi_b over them.
 
+    Both are the laws that are sampled, at this temperature; at 0 there is no such number.
     kl: nats a completion, the sampled KL of `a` from `b`; None unless both are models with one tokenizer.
     """
 
-    def __init__(self, a: str, b: str):
-        self.a, self.b = a, b
+    def __init__(self, a: str, b: str, temperature: float = 1.0):
+        self.a, self.b, self.temperature = a, b, temperature
         self.kl: float | None = 0.0 if a == b else None
         self._seen: tuple | None = None
 
@@ -197,16 +198,27 @@ class Drift:
         """Takes a's samples, and scores them when b is there."""
         from palate.data.tokens import TokenGroup
         from palate.model.load import same_tokenizer
-        from palate.reference import annotate
 
+        if not self.temperature:
+            return
         if name == self.a:
             groups = [TokenGroup(kept[s.prompt][1], (s.ids,), (((0, len(s.ids)),),)) for s in made]
-            self._seen = loaded.tokenizer, groups, [s.logp for s in made]
+            own = [s.logp for s in made] if self.temperature == 1 else self._logps(groups, loaded.model)
+            self._seen = loaded.tokenizer, groups, own
         elif name == self.b and self._seen is not None:
             tokenizer, groups, logps = self._seen
             if groups and same_tokenizer(tokenizer, loaded.tokenizer):
-                others = [group.reference[0] for group in annotate(groups, loaded.model)]
+                others = self._logps(groups, loaded.model)
                 self.kl = sum(own - other for own, other in zip(logps, others, strict=True)) / len(logps)
+
+    def _logps(self, groups: Sequence, model) -> list[float]:
+        from dataclasses import replace
+
+        from palate.reference import annotate
+        from palate.scoring import Numerics
+
+        numerics = replace(Numerics.of(model), temperature=self.temperature)
+        return [group.reference[0] for group in annotate(groups, model, numerics=numerics)]
 
 
 def completed(

@@ -21,6 +21,7 @@ MODEL, DATA, HELD = "builtin:tiny", "builtin:reviews", "builtin:reviews/heldout"
 PROMPTS = "builtin:prompts[:300]"  # no setting of this page was chosen on them, unlike on the held-out pairs
 BETA, RATE, BATCH, TOKENS = 0.5, 2e-4, 64, 4096
 FEWEST, MOST = 12, 60  # steps: fewer teach too little, more are not needed
+TEMPERATURE = 0.7  # of the comparison, as `palate chat` has it
 LONGEST = 96  # tokens of a completion; the longest reviews of this world have some 80
 TRIED = 96  # pairs of the trial that the plan is made from
 # all that a demo leaves in its folder, finished or not
@@ -71,7 +72,7 @@ def run(config: DemoConfig, *, verb: str = "demo", argv=(), say=stderr, panel=No
     told.line("train", f"the chosen completion has the larger implicit reward in {accuracy:.1%} of held-out pairs")
 
     options = {"contestants": [config.out, MODEL], "data": PROMPTS, "judge": "rule", "max_tokens": LONGEST}
-    options |= {"seed": config.seed, "out": str(out / "compare")}
+    options |= {"temperature": TEMPERATURE, "seed": config.seed, "out": str(out / "compare")}
     match = told.run("compare", compare.run, compare.CompareConfig, options, operands=("contestants",))
     told.line("compare", match_line(match))
     for before, after in examples(out):

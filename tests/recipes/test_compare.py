@@ -153,7 +153,8 @@ def test_a_model_is_its_own_file(palate, tiny, other, tmp_path):
     assert found["length"]["after"] == pytest.approx(sum(row["tokens"] for row in made) / 12)
 
 
-def test_the_kl_of_two_models_is_that_of_their_samples(palate, tiny, other, tmp_path):
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_kl_of_two_models_is_that_of_their_samples(palate, tiny, other, tmp_path, temperature):
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -162,20 +163,22 @@ def test_the_kl_of_two_models_is_that_of_their_samples(palate, tiny, other, tmp_
     from palate.sampling.generate import generate
 
     data = write_rows(tmp_path / "p.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
-    found = palate.ok("compare", tiny, other, data=data, judge="random", max_tokens=8, seed=3, device="cpu")
-    loaded, second = load(tiny), AutoModelForCausalLM.from_pretrained(other).eval()
+    options = {"data": data, "judge": "random", "max_tokens": 8, "seed": 3, "device": "cpu"}
+    found = palate.ok("compare", tiny, other, temperature=temperature, **options)
+    loaded = load(tiny)
+    models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in (tiny, other)]
     prompts = [encode_prompt(prompt, loaded.tokenizer) for prompt in PROMPTS]
+    sampling = {"max_tokens": 8, "seed": 3, "temperature": temperature, "end_ids": end_tokens(loaded.tokenizer)}
     gaps = []
-    for sample in generate(loaded.model, loaded.tokenizer, prompts, max_tokens=8, seed=3, end_ids=end_tokens(loaded.tokenizer)):  # fmt: skip  # noqa: E501
+    for sample in generate(loaded.model, loaded.tokenizer, prompts, **sampling):
         start, ids = len(prompts[sample.prompt]), torch.tensor([[*prompts[sample.prompt], *sample.ids]])
         with torch.no_grad():
-            logps = second(ids).logits[0].double().log_softmax(-1)
-        gaps.append(sample.logp - sum(float(logps[start + n - 1, token]) for n, token in enumerate(sample.ids)))
+            own, its = ((m(ids).logits[0].double() / temperature).log_softmax(-1) for m in models)
+        gaps.append(sum(float((own - its)[start + n - 1, token]) for n, token in enumerate(sample.ids)))
     assert found["kl"] == pytest.approx(sum(gaps) / len(gaps), abs=1e-4)
     assert found["kl"] != 0
-    warm = {"data": data, "judge": "random", "max_tokens": 8, "device": "cpu"}
-    assert palate.ok("compare", tiny, other, temperature=0.5, **warm)["kl"] is None
-    assert palate.ok("compare", tiny, tiny, **warm)["kl"] == 0
+    assert palate.ok("compare", tiny, tiny, temperature=temperature, **options)["kl"] == 0
+    assert palate.ok("compare", tiny, other, **options | {"temperature": 0})["kl"] is None
 
 
 def test_conversations(palate, chatty, tmp_path):
