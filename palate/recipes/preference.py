@@ -13,7 +13,7 @@ from pydantic import Field
 from palate.errors import UsageError
 from palate.recipes.plan import dry_run
 from palate.recipes.retain import read_retained, retention
-from palate.recipes.training import TrainingConfig, open_folder, prepare, train
+from palate.recipes.training import TrainingConfig, Watch, open_folder, prepare, train
 from palate.recipes.verbs import every_tenth, fell, number, stderr
 
 
@@ -44,11 +44,18 @@ class FeedbackConfig(PreferenceConfig):
 
 
 def run(
-    config: PreferenceConfig, *, verb: str = "dpo", argv=(), say=stderr, panel=None, stop: int | None = None
+    config: PreferenceConfig,
+    *,
+    verb: str = "dpo",
+    argv=(),
+    say=stderr,
+    panel=None,
+    stop: int | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Trains --model on the preferences of --data; returns the result object of --json.
 
-    stop: as for `train`.
+    stop, watch: as for `train`.
     Raises UsageError for a loss or option that does not fit, DataError, ModelError, and Interrupted when stopped.
     """
     from palate import losses
@@ -96,6 +103,7 @@ def run(
         verdict=feedback_verdict if kind == "feedback" else pair_verdict,
         retention=watched,
         stop=stop,
+        watch=watch,
     )
 
 

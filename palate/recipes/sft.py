@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from palate.recipes.plan import dry_run
-from palate.recipes.training import TrainingConfig, open_folder, prepare, train
+from palate.recipes.training import TrainingConfig, Watch, open_folder, prepare, train
 from palate.recipes.verbs import fell, number, stderr
 
 
@@ -19,9 +19,19 @@ class SftConfig(TrainingConfig):
 
 
 def run(
-    config: SftConfig, *, verb: str = "sft", argv=(), say=stderr, panel=None, stop: int | None = None
+    config: SftConfig,
+    *,
+    verb: str = "sft",
+    argv=(),
+    say=stderr,
+    panel=None,
+    stop: int | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
-    """Trains --model on the demonstrations of --data; returns the result object of --json. stop: as for `train`."""
+    """Trains --model on the demonstrations of --data; returns the result object of --json.
+
+    stop, watch: as for `train`.
+    """
     from palate.data.sources import read_demonstrations
     from palate.train.objectives import completion_nll
 
@@ -49,6 +59,7 @@ def run(
         better="-eval/loss",
         verdict=verdict,
         stop=stop,
+        watch=watch,
     )
 
 

@@ -251,6 +251,17 @@ class OwnBatches:
     critic: Any = None
 
 
+@dataclass(frozen=True)
+class Watch:
+    """What else is measured of the model, at the start, every so many steps (or rollouts) and at the end.
+
+    measure: (model) -> numbers, as `eval/...`. every: in place of --eval-every.
+    """
+
+    measure: Callable[[Any], dict[str, Any]]
+    every: int
+
+
 def update_config(config: TrainingConfig, rate: float) -> OptimConfig:
     """The optimizer's config out of the run's."""
     fields = {name: getattr(config.train, name) for name in UpdateConfig.model_fields}
@@ -300,6 +311,7 @@ def train(
     stop: int | None = None,
     ending: Ending | None = None,
     own: OwnBatches | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """The run folder from first line to saved model; resumes where --resume asks for it.
 
@@ -308,7 +320,7 @@ def train(
     verdict: (before, after) -> (shown better, sentence). retention: what is watched beside the held-out rows.
     stop: the step after which the run is saved and Paused is raised, unless it is the last: another call goes on.
     ending: what is evaluated, sampled and saved, where it is no policy that is trained. own: where batches come from
-    instead of the rows.
+    instead of the rows. watch: what else is measured, also where no row is held out.
     What is raised names the folder in its `result`.
     """
     from palate.run import Run
@@ -327,7 +339,7 @@ def train(
         ) as run:
             result = _train(
                 config, run, prepared, say, panel, annotate, dict(facts or {}), better, verdict, retention, stop,
-                ending or Ending(), own,
+                ending or Ending(), own, watch,
             )  # fmt: skip
             run.finish(result)
         if config.report:
@@ -348,7 +360,7 @@ def train(
 
 
 def _train(
-    config, run, prepared, say, panel, annotate, facts, better, verdict, retention, stop, ending, own
+    config, run, prepared, say, panel, annotate, facts, better, verdict, retention, stop, ending, own, watch
 ) -> dict[str, Any]:
     from palate.data.batch import stream_length
     from palate.data.stream import stream
@@ -417,11 +429,12 @@ def _train(
     def evaluation() -> dict[str, Any]:
         measure = ending.evaluate or evaluate
         found = measure(model, held, objective, tokens=config.train.tokens) if held else {}
-        return found | (retention.measure(model, whole=state.step in (0, prepared.steps)) if retention else {})
+        found = found | (retention.measure(model, whole=state.step in (0, prepared.steps)) if retention else {})
+        return found | (watch.measure(model) if watch else {})
 
     shown_prompts = [group for group in held if len(group.prompt)][: config.samples]
     if state.step == 0:
-        if held or retention:
+        if held or retention or watch:
             run.log({"step": 0} | evaluation() | {"time": time.time()})
         run.samples(ending.sample(model, tokenizer, shown_prompts, 0))
     fifth = max(1, prepared.steps // every // 5)
@@ -448,8 +461,8 @@ def _train(
             objective,
             run,
             ranks=ranks,
-            evaluate=evaluation if held or retention else None,
-            eval_every=(config.eval_every or fifth) * every,
+            evaluate=evaluation if held or retention or watch else None,
+            eval_every=(watch.every if watch else config.eval_every or fifth) * every,
             save_every=(config.save_every or fifth) * every,
             keep=config.train.keep,
             meta=meta,
