@@ -1,7 +1,7 @@
 """Judges: which of two completions is better, or how good one is. One interface for comparing, pairing and rewarding.
 
 A name becomes a judge: `rule` (the built-in world's truth), `random` (the null control), `implicit:RUN`, a reward
-model's folder, `module:function`.
+model's folder, `module:function`, `enumerable:SEED` (the reward that SEED draws in the world that can be listed).
 """
 
 import hashlib
@@ -112,6 +112,8 @@ def open_judge(name: str, *, device: str = "cpu", seed: int = 0) -> Judge:
         return Judge(name, score=_rule)
     if name == "random":
         return Judge(name, score=_random(seed))
+    if name.startswith("enumerable:"):
+        return Judge(name, score=_listed(name.removeprefix("enumerable:")))
     if name.startswith("implicit:"):
         return implicit(name.removeprefix("implicit:"), device=device)
     if Path(name).expanduser().is_dir():
@@ -119,11 +121,11 @@ def open_judge(name: str, *, device: str = "cpu", seed: int = 0) -> Judge:
     module, colon, function = name.rpartition(":")
     if colon and all(part.isidentifier() for part in (*module.split("."), function)):
         return from_callable(_imported(module, function), name)
-    known = ["rule", "random", "implicit"]
+    known = {"rule": "rule", "random": "random", "implicit": "implicit:RUN", "enumerable": "enumerable:SEED"}
     if os.sep in name or name.startswith(("~", ".")):
         raise NotThereError("no such folder", where=name, code="E101", next="name a reward model's folder")
     near = get_close_matches(name.partition(":")[0], known, n=1)
-    hint = f"did you mean {near[0]}{':RUN' if near[0] == 'implicit' else ''}" if near else f"use {', '.join(NAMES)}"
+    hint = f"did you mean {known[near[0]]}" if near else f"use {', '.join(NAMES)}"
     raise UsageError(f'there is no judge "{name[:80]}"', where="judge", code="E303", next=hint)
 
 
@@ -134,6 +136,21 @@ def _rule(prompts: Sequence[Text], completions: Completions) -> list[float]:
     from palate.worlds.reviews import judge
 
     return [judge(p, completion.text, completion.finished) for p, completion in zip(prompts, completions, strict=True)]
+
+
+def _listed(seed: str) -> Score:
+    from palate.worlds.enumerable import World
+
+    if not (seed.isascii() and seed.isdigit()):
+        raise UsageError(f'"{seed[:80]}" is no seed', where="judge", code="E303", next="write enumerable:0")
+    world = World()
+    reward = world.reward(int(seed))
+
+    def score(prompts, completions):
+        places = (world.place(str(p), c.text) for p, c in zip(prompts, completions, strict=True))
+        return [float(reward[place]) for place in places]
+
+    return score
 
 
 def _random(seed: int) -> Score:

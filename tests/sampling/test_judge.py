@@ -40,6 +40,22 @@ def test_scores_become_preferences():
     assert judge.prefer(["p"] * 3, texts("a", "bb", "c"), texts("aa", "b", "d")) == [0, 1, 0.5]
 
 
+def test_the_reward_of_the_world_that_can_be_listed():
+    from palate.worlds.enumerable import World
+
+    world = World()
+    judge, reward = open_judge("enumerable:3"), world.reward(3)
+    prompts, completions = [world.prompt(1), world.prompt(2)], texts(world.completion(5), world.completion(7000))
+    assert judge.scores(prompts, completions) == [reward[1, 5], reward[2, 7000]]
+    with pytest.raises(UsageError, match="no prompt and completion"):
+        judge.scores(["abc"], texts("abcde"))
+    with pytest.raises(UsageError, match="no seed"):
+        open_judge("enumerable:-1")
+    with pytest.raises(UsageError) as refused:
+        open_judge("enumerble:1")
+    assert "enumerable:SEED" in str(refused.value)
+
+
 def test_what_stands_twice_is_asked_once():
     asked = []
     judge = Judge("counting", score=lambda prompts, completions: [asked.append(c.text) or len(asked) for c in completions])  # fmt: skip  # noqa: E501
