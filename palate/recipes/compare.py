@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from palate.errors import DataError, NotBetterError, UsageError
 from palate.recipes.generate import SamplingConfig, as_rows, check_prompts, draw, encoded, load_policy, plain_prompt
-from palate.recipes.verbs import ReadConfig, Say, check_model_options, stderr
+from palate.recipes.verbs import ReadConfig, Say, aligned, check_model_options, stderr
 
 
 class CompareConfig(SamplingConfig, ReadConfig):
@@ -313,10 +313,7 @@ def table(matches: Sequence) -> list[str]:
         )
         for one in matches
     ]
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
-    ]
+    return aligned([head, *rows])
 
 
 def write(out: Path, record: dict[str, Any], records: Sequence, made: dict[str, dict]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from palate.recipes.verbs import number
+from palate.recipes.verbs import aligned, number
 
 HIGHER = ("eval/rewards/accuracies", "eval/rewards/margins", "eval/logps/accuracies", "eval/logps/chosen")
 LOWER = ("eval/loss", "eval/displaced", "eval/kl", "eval/retain/loss")
@@ -103,10 +103,7 @@ def table_lines(cells: list[Cell], key: str, best: Cell) -> list[str]:
         state = {"done": "", "failed": cell.failure}.get(cell.state, cell.state)
         mark, seconds = "*" if cell is best else "", f"{cell.seconds:.0f}"
         rows.append([mark, cell.name, str(cell.steps), measured, number(row["loss"]), seconds, state])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    sides = [str.ljust, str.ljust, *[str.rjust] * 4, str.ljust]
-    return ["  ".join(side(text, width) for side, text, width in zip(sides, row, widths, strict=True)).rstrip()
-            for row in rows]  # fmt: skip
+    return aligned(rows, right=range(2, 6))
 
 
 # colours that the colour-blind tell apart: Okabe and Ito 2008; the cells beyond them are grey

@@ -68,6 +68,16 @@ def number(value: float | None, spec: str = ".4f") -> str:
     return "n/a" if value is None else format(value, spec)
 
 
+def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Rows of texts as lines with columns of one width; the columns of these numbers stand on the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    cells = [
+        [text.rjust(w) if i in right else text.ljust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))]
+        for row in rows
+    ]
+    return ["  ".join(row).rstrip() for row in cells]
+
+
 def fell(before: dict, after: dict) -> bool:
     """Whether held-out loss fell."""
     first, last = before.get("eval/loss"), after.get("eval/loss")
