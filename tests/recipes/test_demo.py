@@ -68,7 +68,7 @@ def test_too_little_time_is_no_better_model_and_says_so(tmp_path):
 
 
 def test_the_clock_decides_the_steps():
-    pace = Pace(step=1.8, scored=0.001, sampled=0.01)
+    pace = Pace(step=1.8, scored=0.001, sampled=0.01, token=0.0004)
     taken = [pace.steps(seconds) for seconds in (1, 60, 100, 150, 100_000)]
     assert taken == sorted(taken) and taken[0] == FEWEST and taken[-1] == MOST
     assert FEWEST < taken[3] < MOST
