@@ -17,6 +17,13 @@ _HELD = (
     ("eval/reward", "reward"),
     ("eval/kl", "KL"),
 )
+_HEALTH = (  # of a policy-gradient step
+    ("reward/total", "less KL"),
+    ("kl", "KL"),
+    ("policy/clipped", "clipped"),
+    ("value/explained", "explained"),
+    ("ended", "ended"),
+)
 _KEPT = 4096  # points kept of each sparkline; a longer run keeps every second, fourth, ... step
 
 
@@ -24,7 +31,8 @@ def make_panel(total_steps: int, stream: TextIO | None = None):
     """A context manager whose value is called with each line of metrics: `with make_panel(180) as show: show(line)`.
 
     total_steps: optimizer steps of the whole run, > 0 where known. A line needs `step`; of the others it shows what is
-    there: `loss`, `rewards/margins`, `rewards/accuracies`, `tokens_per_second`, and `eval/...`.
+    there: `loss`, `rewards/margins`, `rewards/accuracies`, `reward` with the health of a policy gradient,
+    `tokens_per_second`, and `eval/...`.
     """
     stream = stream or sys.stderr
     terminal = hasattr(stream, "isatty") and stream.isatty() and os.environ.get("TERM", "") not in ("dumb", "")
@@ -118,6 +126,7 @@ class PlainLines(Progress):
         if "loss" in line:
             parts = self.headline()
             parts += [f"{name} {number(key, line[key])}" for key, name in _SHOWN if key in line]
+            parts += health(line)
         else:
             parts = [f"step {self.step}"]
         if any(key.startswith("eval/") for key in line):
@@ -169,6 +178,8 @@ class LivePanel(Progress):
             text.append(row)
             if not plain:
                 text.append("  " + sparkline(values, min(40, width - len(row) - 2)), style="cyan")
+        if words := health(self.line):
+            text.append("\n" + "  ".join(words)[:width])
         if self.evaluation:
             text.append("\n" + held_out(self.evaluation)[:width])
         return text
@@ -186,11 +197,20 @@ def held_out(line: dict[str, Any]) -> str:
     return "held out: " + "  ".join(parts)
 
 
+def health(line: dict[str, Any]) -> list[str]:
+    """How a policy-gradient step goes, in a few numbers; none of other steps. A KL below zero is pointed at."""
+    if "policy/clipped" not in line:
+        return []
+    parts = [f"{name} {number(key, line[key])}" for key, name in _HEALTH if key in line]
+    kl = line.get("kl")
+    return [*parts, "(KL below zero)"] if isinstance(kl, int | float) and kl < -0.1 else parts
+
+
 def number(key: str, value: Any) -> str:
     """A metric as a few characters: shares in percent, others with four digits."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return str(value)
-    return f"{value:.0%}" if key.endswith("accuracies") else f"{value:.4g}"
+    return f"{value:.0%}" if key.endswith(("accuracies", "clipped", "ended")) else f"{value:.4g}"
 
 
 def clock_text(seconds: float) -> str:

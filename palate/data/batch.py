@@ -135,7 +135,8 @@ class RolloutGroup(TokenGroup):
     values, returns: (n,) what the critic expected then, and what came; nan without a critic.
     scores, kl: (K,) the judge's, the penalty for a missing end included; log-ratio to the reference, nats.
     finished: (K,) 1 where there is an end token.
-    explained, coefficient: (K,) of the whole rollout: variance explained by the critic (nan without), KL coefficient.
+    explained, coefficient, spread: (K,) of the whole rollout: variance explained by the critic (nan without), KL
+    coefficient, standard deviation of the scores (1 where they are all one).
     """
 
     old_logps: np.ndarray = field(default_factory=lambda: np.empty(0))
@@ -147,6 +148,7 @@ class RolloutGroup(TokenGroup):
     finished: np.ndarray = field(default_factory=lambda: np.empty(0))
     explained: np.ndarray = field(default_factory=lambda: np.empty(0))
     coefficient: np.ndarray = field(default_factory=lambda: np.empty(0))
+    spread: np.ndarray = field(default_factory=lambda: np.empty(0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,6 +165,7 @@ class RolloutBatch:
     finished: Tensor
     explained: Tensor
     coefficient: Tensor
+    spread: Tensor
 
     @property
     def units(self) -> int:

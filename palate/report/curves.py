@@ -48,6 +48,7 @@ def overlaid_charts(runs: Sequence[Reading], names: Sequence[str]) -> list[Chart
         ("loss", "Loss", f"loss, {units.pop()}" if len(units) == 1 else "loss, each in its unit", None),
         ("rewards/margins", "Margin", "chosen minus rejected reward", 0),
         (ACCURACY, "Accuracy", "share ordered rightly", 0.5),
+        ("reward", "Reward", "mean score of a completion", None),
         ("logps/chosen", "Log-probs of chosen completions", "nats a completion", None),
         ("logps/rejected", "Log-probs of rejected completions", "nats a completion", None),
     )

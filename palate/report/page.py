@@ -11,6 +11,7 @@ from palate.report import tables, words
 from palate.report.charts import draw
 from palate.report.completions import completions
 from palate.report.curves import likelihood_charts, overlaid_charts, progress_charts, retention_charts, thinned
+from palate.report.episodes import episodes
 from palate.report.reading import Reading, read_run
 from palate.report.verdict import banner, tiles, verdict
 
@@ -60,6 +61,7 @@ def page(runs: Sequence[Reading]) -> str:
 
 def one_run(run: Reading) -> dict[str, Any]:
     """All that run.html shows, in its order."""
+    own = episodes(run)
     return {
         "run": run,
         "title": run.name,
@@ -68,7 +70,8 @@ def one_run(run: Reading) -> dict[str, Any]:
         "verdict": verdict(run),
         "tiles": tiles(run),
         "completions": completions(run),
-        "progress": progress_charts(run),
+        "progress": own.progress if own else progress_charts(run),
+        "episodes": own,
         "likelihood": likelihood_charts(run),
         "displacement": words.displacement(run.sides, run.before, run.after),
         "changes": tables.changes(run),

@@ -87,6 +87,7 @@ class Record(_Part):
     start: dict[str, str | None] = {}
     plan: Plan = Plan()
     verdict: str | None = None
+    health: list[str] | None = None
     error: str | None = None
     result: Result | None = None
 

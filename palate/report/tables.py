@@ -156,6 +156,7 @@ def side_by_side(runs: Sequence[Reading]) -> list[tuple[str, list[str]]]:
             words.interval(run.after.get(f"{key}_low"), run.after.get(f"{key}_high")) for run in runs
         ],
         "held-out margin": [_unless_none(run.after.get("eval/rewards/margins"), words.number) for run in runs],
+        "held-out reward": [_unless_none(run.after.get("eval/reward"), words.number) for run in runs],
         "held-out loss": [_unless_none(run.after.get("eval/loss"), words.number) for run in runs],
         "chosen that lost likelihood": [_unless_none(run.after.get("eval/displaced"), words.percent) for run in runs],
         "KL from the start, nats": [_comparison(run, lambda c: _unless_none(c.kl, words.number)) for run in runs],

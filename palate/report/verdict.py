@@ -99,11 +99,15 @@ def tiles(run: Reading) -> list[Tile]:
     if "eval/rewards/margins" in after:
         margin = words.number(after["eval/rewards/margins"], ".3f")
         made.append(Tile("Held-out margin", margin, "{} minus {} reward".format(*run.sides)))
+    elif "eval/reward" in after:
+        began = f"from {words.number(before['eval/reward'], '.3f')}" if "eval/reward" in before else ""
+        made.append(Tile("Held-out reward", words.number(after["eval/reward"], ".3f"), began))
     elif "eval/loss" in after:
         began = f"from {words.number(before['eval/loss'])}" if "eval/loss" in before else ""
         made.append(Tile("Held-out loss", words.number(after["eval/loss"]), began))
-    if found is not None and found.kl is not None:
-        made.append(Tile("KL from the start", words.number(found.kl, ".2f"), "nats a completion"))
+    kl = found.kl if found is not None else after.get("eval/kl") if "eval/reward" in after else None
+    if kl is not None:
+        made.append(Tile("KL from the start", words.number(kl, ".2f"), "nats a completion"))
     if found is not None and found.length is not None:
         was = words.number(found.length.before, ".1f")
         made.append(Tile("Length", words.number(found.length.after, ".1f"), f"tokens, {was} before"))

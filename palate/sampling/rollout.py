@@ -99,8 +99,9 @@ def collect(
         nothing = torch.full_like(old, torch.nan)
         columns |= {"advantages": each.repeat_interleave(lengths), "values": nothing, "returns": nothing}
     same = torch.ones_like(scores)
+    spread = float(scores.std(correction=0)) or 1.0
     per_completion = {"scores": scores, "kl": kl, "finished": finished.double()}
-    per_completion |= {"explained": same * explained, "coefficient": same * coefficient}
+    per_completion |= {"explained": same * explained, "coefficient": same * coefficient, "spread": same * spread}
     counts = [sum(len(ids) for ids in group.completions) for group in groups]
     cut = {name: _split(column, counts) for name, column in columns.items()}
     cut |= {name: _split(column, [how.samples] * len(groups)) for name, column in per_completion.items()}

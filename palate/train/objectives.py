@@ -286,6 +286,8 @@ class ClippedPolicy:
     """PPO on own samples: clipped policy loss, and with a critic the clipped value loss; a mean over their tokens.
 
     options: clip (of the ratio), value_clip, value_weight. critic: as for `scoring.logps_and_values`.
+    Departs: values are compared in standard deviations of the rollout's scores, so that clip and weight mean the same
+    for rewards of any scale; those of published runs had a deviation of 1.
     """
 
     options: dict[str, float]
@@ -313,14 +315,17 @@ class ClippedPolicy:
             "policy/approx_kl": _tally(policy.k2(change)),
             "policy/clipped": _tally((change.exp() - 1).abs() > clip),
             "reward": _tally(batch.scores),
+            "reward/total": _tally(batch.scores - batch.coefficient * batch.kl),
             "kl": _tally(batch.kl),
             "kl_coef": _tally(batch.coefficient),
             "ended": _tally(batch.finished),
             "length": _tally(batch.batch.length),
+            "entropy": _tally(-batch.old_logps),
         }
         if values is not None:
+            scale = batch.spread[batch.batch.sequence]
             value_losses = policy.clipped_value_loss(
-                values, batch.values, batch.returns, clip=self.options["value_clip"]
+                values / scale, batch.values / scale, batch.returns / scale, clip=self.options["value_clip"]
             )
             metrics |= {"value/loss": _tally(value_losses.detach()), "value/explained": _tally(batch.explained)}
             each = each + self.options["value_weight"] * value_losses

@@ -1,20 +1,22 @@
 """Episodes: every column against one stock forward of each text, at the temperature that was sampled at."""
 
+from copy import deepcopy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from oracles import ppo as oracle
-from palate.data.batch import collate, collate_rollouts
+from palate.data.batch import RolloutGroup, collate, collate_rollouts
 from palate.errors import ModelError
 from palate.model.heads import with_scalar_head
 from palate.sampling.judge import Judge
 from palate.sampling.rollout import Asked, Episodes, collect
 from palate.scoring import Numerics, logps_and_values, token_logps
 from palate.train.objectives import ppo
-from palate.train.selfcheck import check_rollout
+from palate.train.selfcheck import check_rollout, check_sampling
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +124,97 @@ def test_the_first_update_is_checked(models, tiny_tokenizer):
     far = collect(policy, models[1], critic, tiny_tokenizer, ASKED, JUDGE, how, coefficient=0.1, seed=0)
     with pytest.raises(ModelError, match="policy and reference differ"):
         check_rollout([right(policy, collate_rollouts(far))], right)
+
+
+class Bigrams(torch.nn.Module):
+    """The law of the next token is a row of a table of logits; token 1 ends, and is likely."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, seed=0):
+        super().__init__()
+        self.table = 1.5 * torch.randn(30, 30, generator=torch.Generator().manual_seed(seed))
+        self.table[:, 1] = 3.0
+
+    def forward(self, input_ids, use_cache=False):
+        return SimpleNamespace(logits=self.table[input_ids])
+
+    def samples(self, wrong=lambda logits: logits, count=400, tokens=6, seed=0):
+        """Groups of texts drawn from the logits, or from what `wrong` makes of them."""
+        chance, ids = torch.Generator().manual_seed(seed), torch.full((count, 1), 5)
+        for _ in range(tokens):
+            law = wrong(self.table[ids[:, -1]].double()).softmax(-1)
+            ids = torch.cat([ids, torch.multinomial(law, 1, generator=chance)], 1)
+        texts = ids[:, 1:].numpy().astype(np.int32)
+        return [RolloutGroup(np.array([5], np.int32), (text,), (((0, tokens),),)) for text in texts]
+
+
+SAMPLERS = {  # what goes wrong: logits -> those that are sampled from
+    "a lower temperature": lambda logits: logits / 0.7,
+    "a higher temperature": lambda logits: logits / 1.5,
+    "top-k": lambda logits: logits.masked_fill(logits < logits.topk(8).values[:, -1:], -torch.inf),
+    "top-p": lambda logits: logits.masked_fill(logits.softmax(-1) < 0.02, -torch.inf),
+    "a suppressed end": lambda logits: logits.index_fill(-1, torch.tensor([1]), -torch.inf),
+}
+
+
+@pytest.mark.parametrize("how", SAMPLERS)
+def test_another_sampler_than_the_policy_is_caught(how):
+    policy = Bigrams()
+    assert "samples follow the policy" in check_sampling(policy, policy.samples(), 1.0, most=400)
+    with pytest.raises(ModelError, match="do not follow the policy") as caught:
+        check_sampling(policy, policy.samples(SAMPLERS[how]), 1.0, most=400)
+    assert caught.value.code == "E602"
+    check_sampling(policy, policy.samples(SAMPLERS["a lower temperature"]), 0.7, most=400)  # where all agree on it
+
+
+def test_a_right_sampler_has_mean_rank_one_half():
+    """Over many short runs, of which none is stopped."""
+    policy = Bigrams()
+    said = [check_sampling(policy, policy.samples(count=8, tokens=3, seed=seed), 1.0) for seed in range(200)]
+    found = [float(line.split("mean rank ")[1].split()[0]) for line in said]
+    assert abs(np.mean(found) - 0.5) < 3 * np.std(found) / 200**0.5
+    assert np.std(found) < 1.1 / (12 * 24) ** 0.5
+
+
+def test_dropout_in_the_passes_is_caught(tiny_tokenizer):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    policy = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=300, resid_pdrop=0.3)).eval()
+    numerics = Numerics.of(policy)
+    policy.train()  # what is sampled is sampled without it
+    how = Episodes(numerics, max_tokens=5, samples=2)
+    groups = collect(policy, policy, None, tiny_tokenizer, ASKED, JUDGE, how, coefficient=0.1, seed=0)
+    made = ppo(numerics)
+    with pytest.raises(ModelError, match="look for dropout"):
+        check_rollout([made(policy, collate_rollouts(groups))], made)
+
+
+@pytest.mark.parametrize("penalty", [-1.0, None])
+def test_where_the_end_token_stands(penalty, models, tiny_tokenizer):
+    """The same draws, and another of their tokens taken for the end: first, second, at the limit, never."""
+    policy, reference, critic = models
+    how = Episodes(Numerics.of(policy), max_tokens=5, missing_end=penalty, lam=0.8)
+
+    def episode(end: int):
+        tokenizer = deepcopy(tiny_tokenizer)
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+        made = collect(policy, reference, critic, tokenizer, ASKED[:1], JUDGE, how, coefficient=0.3, seed=6)
+        return made[0]
+
+    drawn = episode(2).completions[0].tolist()
+    assert len(set(drawn)) == len(drawn) == 5 and 2 not in drawn
+    for end, length in [(drawn[0], 1), (drawn[1], 2), (drawn[4], 5), (2, 5)]:
+        group = episode(end)
+        (ids,), prompt = group.completions, ASKED[0].ids.tolist()
+        assert ids.tolist() == drawn[:length] and group.finished[0] == (end != 2)
+        text = tiny_tokenizer.decode([*prompt, *(ids[:-1] if end != 2 else ids)])
+        judged = float(len(text.removeprefix(tiny_tokenizer.decode(prompt)))) + (end != 2)
+        score = judged if end != 2 or penalty is None else penalty
+        assert group.scores.tolist() == [score]
+        ratio = np.subtract(stock(policy, prompt, ids, 1.0), stock(reference, prompt, ids, 1.0))
+        expected = oracle.advantages(oracle.rewards(score, ratio, 0.3), group.values.tolist(), 1.0, 0.8)
+        np.testing.assert_allclose(group.returns - group.values, expected, atol=1e-3)
 
 
 def test_micro_batches_move_no_number(models, tiny_tokenizer):
