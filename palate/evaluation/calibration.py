@@ -6,12 +6,15 @@ from typing import Any
 
 import numpy as np
 
+from palate.evaluation.statistics import wilson
+
 
 def calibration(margins: Sequence[float] | np.ndarray, bins: int = 10) -> list[dict[str, Any]]:
     """Pairs in at most `bins` equal parts by |margin|: count, mean margin, accuracy predicted and accuracy found.
 
     margins: chosen minus rejected reward, in nats of log-odds. predicted: mean of sigma(|margin|), what Bradley-Terry
-    says of being right. found: share of positive margins, ties half. Parts that would share a margin are not parted.
+    says of being right. accuracy: share of positive margins, ties half; low, high: Wilson's 95 % interval of it. Parts
+    that would share a margin are not parted.
     """
     values = np.asarray(margins, dtype=np.float64)
     sizes = np.abs(values)
@@ -19,9 +22,9 @@ def calibration(margins: Sequence[float] | np.ndarray, bins: int = 10) -> list[d
         {
             "count": len(part),
             "margin": float(sizes[part].mean()),
-            "predicted": float(_sigma(sizes[part]).mean()),
-            "accuracy": _accuracy(values[part]),
+            "predicted": float(sigma(sizes[part]).mean()),
         }
+        | _accuracy(values[part])
         for part in _parts(sizes, bins)
     ]
 
@@ -31,12 +34,11 @@ def accuracy_by(
 ) -> list[dict[str, Any]]:
     """Accuracy in at most `bins` equal parts by `said`, how much better the data say each chosen completion is.
 
-    Each part: count, mean of `said`, accuracy. margins: as for `calibration`.
+    Each part: count, mean of `said`, accuracy with its interval. margins: as for `calibration`.
     """
     values, said = np.asarray(margins, dtype=np.float64), np.asarray(said, dtype=np.float64)
     return [
-        {"count": len(part), "said": float(said[part].mean()), "accuracy": _accuracy(values[part])}
-        for part in _parts(said, bins)
+        {"count": len(part), "said": float(said[part].mean())} | _accuracy(values[part]) for part in _parts(said, bins)
     ]
 
 
@@ -52,9 +54,10 @@ def _parts(keys: np.ndarray, bins: int) -> list[np.ndarray]:
     return parts
 
 
-def _accuracy(margins: np.ndarray) -> float:
-    """Share of positive margins, ties half."""
-    return float((margins > 0).mean() + (margins == 0).mean() / 2)
+def _accuracy(margins: np.ndarray) -> dict[str, float]:
+    """Share of positive margins, ties half, and its interval."""
+    share = wilson(float((margins > 0).sum() + (margins == 0).sum() / 2), len(margins))
+    return {"accuracy": share.value, "low": share.low, "high": share.high}
 
 
 def calibration_error(curve: Sequence[dict[str, Any]]) -> float:
@@ -90,8 +93,9 @@ def calibration_slope(margins: Sequence[float] | np.ndarray) -> float | None:
 
 def _pull(margins: np.ndarray, slope: float) -> float:
     """Derivative of the mean log-likelihood in the slope."""
-    return float((margins * _sigma(-slope * margins)).mean())
+    return float((margins * sigma(-slope * margins)).mean())
 
 
-def _sigma(x: np.ndarray) -> np.ndarray:
+def sigma(x: np.ndarray) -> np.ndarray:
+    """The logistic function, at any x."""
     return np.exp(-np.logaddexp(0, -x))

@@ -560,14 +560,15 @@ def _writing(folder: Path) -> Iterator[None]:
             raise MachineError(f"cannot be written: {first_line(error)}", where=str(folder), code="E505") from error
 
 
-def _save_adapter(model: Model, folder: Path) -> None:
-    content = {"content": _content(model, None, None)}
+def _save_adapter(model: Model, folder: Path, card: str | None = None, facts: dict[str, Any] | None = None) -> None:
+    """card: README.md. facts: palate.json; the base's weights unless given."""
+    content = {"content": _content(model, None, None if facts is None else json.dumps(facts))}
     if _is_there(folder, content):
         return
     with new_folder(folder, content) as tmp, _writing(folder), quiet():
         model.save_pretrained(tmp, save_embedding_layers=False)
-        (tmp / "README.md").write_text(_ADAPTER_CARD, encoding="utf-8")
-        facts = {"base_fingerprint": base_fingerprint(model), "base_dtype": _dtype_name(model)}
+        (tmp / "README.md").write_text(card or _ADAPTER_CARD, encoding="utf-8")
+        facts = facts or {"base_fingerprint": base_fingerprint(model), "base_dtype": _dtype_name(model)}
         (tmp / _ADAPTER_FACTS).write_text(json.dumps(facts) + "\n", encoding="utf-8")
 
 

@@ -24,6 +24,7 @@ from palate.model.load import (
     _refusing,
     _same_bits,
     _savable,
+    _save_adapter,
     _scrub_config,
     _tokenizer,
     _writing,
@@ -86,12 +87,16 @@ def save_reward(
     """The folder, from which `load_reward` reads a reward of `gain` times what the head says, plus `bias`.
 
     gain is folded into the head, bias is `reward_bias` in the config, and `reward_scale`, 1 / gain, turns a difference
-    of these rewards into the log-odds that were trained. An adapter is merged in. The folder appears whole or not at
+    of these rewards into the log-odds that were trained. An adapter is merged in, and stands alone in `adapter` beside
+    the folder, the head with it, bias and scale in its palate.json. The folder appears whole or not at
     all, once it reads back to the same bits; one that already holds just this stays. `model` is left as it was.
     Raises as `palate.model.load.save`.
     """
-    folder = Path(folder)
-    plain = merged_copy(model) if is_adapted(model) else model
+    folder, plain = Path(folder), model
+    if is_adapted(model):
+        plain, facts = merged_copy(model), {"reward_bias": bias, "reward_scale": 1 / gain}
+        with scaled_head(model, gain):
+            _save_adapter(model, folder.with_name("adapter"), _ADAPTER_CARD, facts)
     with scaled_head(plain, gain), _savable(plain):
         plain.config.reward_bias, plain.config.reward_scale = bias, 1 / gain
         content = {"content": _content(plain, tokenizer, card)}
@@ -116,6 +121,15 @@ A reward model trained with palate: one number a text, read at its last token, t
 `AutoModelForSequenceClassification.from_pretrained`, and add `reward_bias` of its config to the one logit. Samples of
 the model that it was trained from have mean 0 and deviation 1. The difference of two rewards times `reward_scale` is
 the log-odds that the first is preferred.
+"""
+
+_ADAPTER_CARD = """---
+library_name: peft
+pipeline_tag: text-classification
+tags: [lora, reward-model, palate]
+---
+A LoRA adapter and head of a reward model trained with palate, for `AutoModelForSequenceClassification` with one label
+on the base that adapter_config.json names. Add `reward_bias` of palate.json to the one logit.
 """
 
 

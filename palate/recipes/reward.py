@@ -5,11 +5,11 @@ so that one KL coefficient means the same thing for every reward model (Ziegler 
 """
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from palate.errors import ModelError, UsageError
 from palate.recipes.plan import dry_run
@@ -35,6 +35,33 @@ class RewardConfig(TrainingConfig):
         int, Field(ge=2, description="Samples of the starting model on which rewards get mean 0 and deviation 1")
     ] = 256
     samples: Annotated[int, Field(ge=0, description="Held-out pairs in the result, those it gets most wrong")] = 4
+    truth: Annotated[
+        str | None,
+        Field(description="Judge whose scores are the true rewards of the labels, such as rule: what is lost to it"),
+    ] = None
+
+    @model_validator(mode="after")
+    def _looked_at(self):
+        if self.truth is not None and self.eval == "none":
+            what = "has no effect without --eval"
+            raise UsageError(what, where="truth", code="E316", next="drop one of the two")
+        return self
+
+
+@dataclass
+class Watched:
+    """What the page looks at besides the rows.
+
+    policy: what the reward model is built from, for sampling; it shares its weights, and goes once it has sampled.
+    samples: groups that rewards are normalised on. truth: the judge of --truth; records: by where they stand, for it;
+    margins: by the truth, of the held-out pairs.
+    """
+
+    truth: Any = None
+    policy: Any = None
+    samples: list[Any] = field(default_factory=list)
+    records: dict[str, Any] = field(default_factory=dict)
+    margins: list[float] | None = None
 
 
 def run(
@@ -44,26 +71,28 @@ def run(
 
     stop: as for `train`.
     """
-    from palate.data.sources import read_pairs
     from palate.data.tokens import without_signal
+    from palate.sampling.judge import open_judge
     from palate.train.objectives import reward
 
     out, ended = open_folder(config, verb, say)
     if ended is not None:
         return ended
-    policy: list[Any] = []  # what the reward model is built from, for sampling; it shares its weights
+    watched = Watched()
+    if config.truth is not None:
+        watched.truth = open_judge(config.truth, device=config.device, seed=config.seed)
+        watched.truth.require_scores("truth")
     prepared = prepare(
         config,
-        partial(read_pairs, columns=config.columns or None, format=config.format, bad_rows=config.bad_rows),
+        partial(read, config, watched),
         lambda numerics: reward("bradley_terry", numerics, margin=config.margin, centring=config.centring),
         usable=lambda group: "pairs without signal" if without_signal(group) else None,
         say=say,
-        built=partial(with_head, config, policy),
+        built=partial(with_head, config, watched),
     )
     check_margins(config, [*prepared.rows.train, *prepared.rows.held])
     if config.dry_run:
         return dry_run(config, prepared, say)
-    watched: list[Any] = []  # the samples, once they are drawn
     return train(
         config,
         verb,
@@ -72,12 +101,12 @@ def run(
         argv=argv,
         say=say,
         panel=panel,
-        annotate=partial(begin, config, prepared, policy, watched, say),
+        annotate=partial(begin, config, prepared, watched, say),
         better="-eval/loss",
         verdict=verdict,
         stop=stop,
         ending=Ending(
-            evaluate=evaluate,
+            evaluate=partial(evaluate, watched),
             sample=lambda *_: [],
             save=partial(finish, config, prepared, watched, say),
             next="palate compare A B --data PROMPTS --judge {run}",
@@ -85,12 +114,22 @@ def run(
     )
 
 
-def with_head(config: RewardConfig, policy: list, loaded):
-    """The loaded model with a head of one number in place of its own; the old one, of the same weights, in `policy`."""
+def read(config: RewardConfig, watched: Watched, data: str):
+    """The pairs or ranked lists of a file, which --truth remembers."""
+    from palate.data.sources import read_pairs
+
+    records = read_pairs(data, columns=config.columns or None, format=config.format, bad_rows=config.bad_rows)
+    if watched.truth is not None:
+        watched.records |= {str(record.source): record for record in records}
+    return records
+
+
+def with_head(config: RewardConfig, watched: Watched, loaded):
+    """The loaded model with a head of one number in place of its own; the old one, of the same weights, is kept."""
     from palate.data.tokens import end_tokens
     from palate.model.heads import set_pad, with_scalar_head
 
-    policy.append(loaded.model)
+    watched.policy = loaded.model
     model = with_scalar_head(loaded.model, seed=config.seed)
     set_pad(model, loaded.tokenizer, end_tokens(loaded.tokenizer))
     return replace(loaded, model=model)
@@ -106,21 +145,25 @@ def check_margins(config: RewardConfig, groups) -> None:
         )
 
 
-def begin(config: RewardConfig, prepared, policy: list, watched: list, say, run, train, held):
+def begin(config: RewardConfig, prepared, watched: Watched, say, run, train, held):
     """The samples that rewards are normalised on, drawn once and kept in the run; the head brought to their scale."""
+    from palate.evaluation.truth import true_margins
     from palate.files import read_json, write_json
     from palate.model.heads import scale_head
 
+    if watched.truth is not None:
+        watched.margins = true_margins(watched.truth, watched.records, held)
     path = run.path / SAMPLES
     if not path.exists():
-        write_json(path, draw(config, prepared.loaded.tokenizer, policy.pop(), [*train, *held]))
-    policy.clear()
-    watched += as_groups(read_json(path))
+        write_json(path, draw(config, prepared.loaded.tokenizer, watched.policy, [*train, *held]))
+    watched.policy, watched.records = None, {}
+    watched.samples = as_groups(read_json(path))
     model = prepared.loaded.model
-    mean, deviation = moments(config, prepared, watched)
+    mean, deviation = moments(config, prepared, watched.samples)
     scale_head(model, 1 / deviation)
     model.config.reward_bias = -mean / deviation
-    say(f"normalise: on {len(watched)} samples of {prepared.loaded.name} rewards begin with mean 0 and deviation 1")
+    count = len(watched.samples)
+    say(f"normalise: on {count} samples of {prepared.loaded.name} rewards begin with mean 0 and deviation 1")
     return train, held, {}, None
 
 
@@ -181,15 +224,17 @@ def moments(config: RewardConfig, prepared, groups) -> tuple[float, float]:
     return mean, deviation
 
 
-def evaluate(model, held, objective, *, tokens: int) -> dict[str, Any]:
+def evaluate(watched: Watched, model, held, objective, *, tokens: int) -> dict[str, Any]:
     """The numbers of every evaluation, and how sure the model may be: accuracy by margin, slope, and error.
 
-    `eval/calibration`: parts of equal size by margin; `eval/by_margin`: by the data's margin, where there is one.
+    `eval/calibration`: parts of equal size by margin; `eval/by_margin`: by the data's margin, where there is one;
+    `eval/truth/...`: see `evaluation.truth.against_truth`, where --truth names it.
     """
     import torch
 
     from palate.evaluation import calibration
     from palate.evaluation.preference import evaluate
+    from palate.evaluation.truth import against_truth
 
     outcomes: list[Any] = []
     found = evaluate(model, held, objective, tokens=tokens, seen=outcomes.append)
@@ -200,19 +245,21 @@ def evaluate(model, held, objective, *, tokens: int) -> dict[str, Any]:
         "eval/calibration_error": calibration.calibration_error(curve),
         "eval/calibration_slope": calibration.calibration_slope(margins),
     }
+    if watched.margins is not None:
+        found |= {f"eval/truth/{name}": value for name, value in against_truth(margins, watched.margins).items()}
     said = [group.margin for group in held for _ in group.preferences]
     return found if None in said else found | {"eval/by_margin": calibration.accuracy_by(margins, said)}
 
 
-def finish(config: RewardConfig, prepared, watched: list, say, run, model, tokenizer, held) -> dict[str, Any]:
+def finish(config: RewardConfig, prepared, watched: Watched, say, run, model, tokenizer, held) -> dict[str, Any]:
     """Writes `model/`, its rewards normalised again, and gives the facts of the result."""
     from palate.model.reward import save_reward
 
-    mean, deviation = moments(config, prepared, watched)
+    mean, deviation = moments(config, prepared, watched.samples)
     gain, bias = 1 / deviation, -mean / deviation
     save_reward(model, tokenizer, run.path / "model", gain=gain, bias=bias)
     say(f"normalise: rewards of these samples had mean {mean:.3g}, deviation {deviation:.3g}, are saved with 0 and 1")
-    facts = {"reward_scale": deviation, "reward_bias": bias, "normalised_on": len(watched)}
+    facts = {"reward_scale": deviation, "reward_bias": bias, "normalised_on": len(watched.samples)}
     return facts | {"examples": examples(config, prepared, held, gain, bias)}
 
 
@@ -245,9 +292,13 @@ def verdict(before: dict, after: dict) -> tuple[bool, str]:
     if after.get(key) is None:
         return False, "no held-out pairs, so nothing is shown"
     low, high = after[f"{key}_low"], after[f"{key}_high"]
+    best, lost = after.get("eval/truth/accuracy"), after.get("eval/truth/lost")
+    known = (
+        "" if best is None else f"; of the {best:.1%} that the truth itself reaches, {100 * lost:.1f} points are lost"
+    )
     word = "better" if low > 0.5 else "worse" if high < 0.5 else "not shown to be better"
     return low > 0.5, (
         f"{word} than chance: the chosen completion has the larger reward in {after[key]:.1%} [{low:.1%}, {high:.1%}] "
-        f"of the held-out pairs; loss {number(before['eval/loss'])} to {number(after['eval/loss'])}, calibration slope "
-        f"{number(after['eval/calibration_slope'], '.2f')} (1: as sure as it may be)"
+        f"of the held-out pairs{known}; loss {number(before['eval/loss'])} to {number(after['eval/loss'])}, "
+        f"calibration slope {number(after['eval/calibration_slope'], '.2f')} (1: as sure as it may be)"
     )

@@ -13,6 +13,7 @@ No request stands in two of the shipped files; the texts know those of the demon
 import json
 import sys
 from collections.abc import Iterator
+from itertools import cycle, islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -33,9 +34,12 @@ def asked(name: str) -> list[Request]:
 
 
 def pairs(name: str, count: int) -> Iterator[dict[str, Any]]:
-    """Preference pairs on `count` requests: two writers of different kindness and care, and one labeller."""
+    """Preference pairs: two writers of different kindness and care, and one labeller; any number of them.
+
+    Beyond the requests that are sealed for the file these come again, with other texts.
+    """
     random = Random(f"palate {name}")
-    for request in asked(name)[:count]:
+    for request in islice(cycle(asked(name)), count):
         texts = [""]
         while len(set(texts)) < 2:
             writers = [Writer(random.random(), random.choice((0.0, 0.1, 0.25))) for _ in range(2)]

@@ -92,7 +92,8 @@ def test_the_curve_by_hand():
     assert calibration([]) == [] and np.isnan(calibration_error([]))
     assert calibration_slope([1.0, 2.0]) is None and calibration_slope([]) is None and calibration_slope([0.0]) is None
     by = accuracy_by([1.0, -1.0, 2.0, 0.0], [5.0, 1.0, 4.0, 2.0], bins=2)
-    assert by == [{"count": 2, "said": 1.5, "accuracy": 0.25}, {"count": 2, "said": 4.5, "accuracy": 1.0}]
+    assert [(part["count"], part["said"], part["accuracy"]) for part in by] == [(2, 1.5, 0.25), (2, 4.5, 1.0)]
+    assert by[1]["low"] == pytest.approx(2 / (2 + 1.959964**2)) and by[1]["high"] == 1  # Wilson's, of two of two
 
 
 def test_margin_and_centring_by_hand():

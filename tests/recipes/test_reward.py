@@ -40,7 +40,7 @@ def test_a_run_from_end_to_end(case, palate, tiny, chatty, tmp_path):
     result = palate.ok("reward", model=model, data=data, eval=held, out="run", **SMALL, **options)
     run = Path("run")
     assert (result["verb"], result["steps"], result["normalised_on"]) == ("reward", 4, 16)
-    assert not (run / "samples.jsonl").exists() and not (run / "adapter").exists()
+    assert not (run / "samples.jsonl").exists() and (run / "adapter").exists() == (case == "lora")
     table = metrics(run)
     assert [line["step"] for line in table if "loss" in line] == [1, 2, 3, 4]
     evals = [line for line in table if "eval/loss" in line]
@@ -77,6 +77,44 @@ def test_a_run_from_end_to_end(case, palate, tiny, chatty, tmp_path):
     assert len(worst) == 4
     gaps = [row["rewards"][0] - row["rewards"][1] for row in worst]
     assert gaps == sorted(gaps)
+
+
+def test_the_adapter_on_its_base_is_the_saved_model(palate, tiny, tmp_path):
+    """By peft alone: the base that the adapter names, its head and its layers, and the bias of palate.json."""
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    data = write_rows(tmp_path / "data.jsonl", pairs(24))
+    palate.ok("reward", model=tiny, data=data, out="run", lora_rank=4, **SMALL)
+    whole, tokenizer = reload(Path("run/model"))
+    named = json.loads(Path("run/adapter/adapter_config.json").read_text())
+    assert Path(named["base_model_name_or_path"]) == tiny and named["task_type"] == "SEQ_CLS"
+    facts = json.loads(Path("run/adapter/palate.json").read_text())
+    assert facts == {"reward_bias": whole.config.reward_bias, "reward_scale": whole.config.reward_scale}
+    base = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1, pad_token_id=tokenizer.pad_token_id)
+    adapted = PeftModel.from_pretrained(base, "run/adapter").eval()
+    ids = torch.tensor([tokenizer("Say red 3: yes red")["input_ids"]])
+    with torch.no_grad():
+        assert float(adapted(ids).logits) == pytest.approx(float(whole(ids).logits), abs=1e-5)
+    palate("generate", model="run/adapter", data=data, out="out.jsonl")
+    assert palate.code == 3 and "E409" in palate.said
+    before = Path("run/adapter/adapter_model.safetensors").read_bytes()
+    palate.ok("reward", model=tiny, data=data, out="run", lora_rank=4, resume=True, **SMALL)
+    assert Path("run/adapter/adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_true_reward_says_what_is_lost(palate, tmp_path):
+    options = dict(model="builtin:tiny", data="builtin:reviews[:24]", eval="builtin:reviews/heldout[:12]") | SMALL
+    result = palate.ok("reward", truth="rule", out="run", **options | {"steps": 2})
+    after, before = result["after"], result["before"]
+    assert 0.5 < after["eval/truth/accuracy"] == before["eval/truth/accuracy"] < 1
+    assert after["eval/truth/loss"] < after["eval/loss"] and after["eval/truth/excess"] > 0
+    assert after["eval/truth/lost_low"] <= after["eval/truth/lost"] <= after["eval/truth/lost_high"]
+    assert f"{after['eval/truth/accuracy']:.1%} that the truth itself reaches" in result["verdict"]
+    (tmp_path / "taste.py").write_text("def two(prompt, first, second):\n    return 0.5\n")
+    for changes, said in (({"truth": "taste:two"}, "compares two"), ({"truth": "rule", "eval": "none"}, "--eval")):
+        palate("reward", out="other", **options | changes)
+        assert palate.code == 2 and said in palate.said and not Path("other").exists()
 
 
 def test_margins_of_the_data(palate, tiny, tmp_path):
