@@ -42,7 +42,7 @@ def cells_of(config) -> list[Cell]:
         options = dict(zip(keys.values(), values, strict=True))
         name = _name(options, names)
         names.add(name)
-        cells.append(Cell(name, options, _filled(config.inner, base, options, f"cell {name}", where_of(config))))
+        cells.append(Cell(name, options, filled(config.inner, base, options, f"cell {name}", where_of(config))))
     return cells
 
 
@@ -89,14 +89,14 @@ def _values(kind, base: dict, key: str, path: str, values: Sequence) -> list:
     """The values as the config holds them, each tried alone."""
     found = []
     for value in values:
-        config = _filled(kind, base, {path: value}, None, f"grid.{key}")
+        config = filled(kind, base, {path: value}, None, f"grid.{key}")
         for name in path.split("."):
             config = config[name] if isinstance(config, dict) else getattr(config, name)
         found.append(config)
     return found
 
 
-def _filled(kind, base: dict, options: dict[str, Any], cell: str | None, where: str):
+def filled(kind, base: dict, options: dict[str, Any], cell: str | None, where: str):
     """The inner config with these options. cell: its name; without one they are tried alone, without what they need."""
     tables = {key: dict(value) if isinstance(value, dict) else value for key, value in base.items()}
     for path, value in options.items():

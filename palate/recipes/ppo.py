@@ -27,7 +27,16 @@ from palate.recipes.rollouts import (
     refuse_other_reward,
     rollouts,
 )
-from palate.recipes.training import Ending, OwnBatches, TrainConfig, TrainingConfig, open_folder, prepare, train
+from palate.recipes.training import (
+    Ending,
+    OwnBatches,
+    TrainConfig,
+    TrainingConfig,
+    Watch,
+    open_folder,
+    prepare,
+    train,
+)
 from palate.recipes.verbs import number, stderr
 
 
@@ -98,10 +107,19 @@ class PpoConfig(TrainingConfig):
         return self
 
 
-def run(config: PpoConfig, *, verb: str = "ppo", argv=(), say=stderr, panel=None, stop: int | None = None) -> dict:
+def run(
+    config: PpoConfig,
+    *,
+    verb: str = "ppo",
+    argv=(),
+    say=stderr,
+    panel=None,
+    stop: int | None = None,
+    watch: Watch | None = None,
+) -> dict:
     """Trains --model to complete the prompts of --data as --reward likes them; returns the result object of --json.
 
-    stop: as for `train`, in rollouts.
+    stop, watch: as for `train`, in rollouts.
     """
     from palate.distributed import Ranks
     from palate.sampling.judge import open_judge
@@ -166,6 +184,7 @@ def run(config: PpoConfig, *, verb: str = "ppo", argv=(), say=stderr, panel=None
         better="eval/reward",
         verdict=verdict,
         stop=None if stop is None else stop * every,
+        watch=watch,
         own=OwnBatches(partial(rollouts, config, prepared, parts, say), every, parts.critic),
         ending=Ending(evaluate=partial(evaluate, config, prepared, parts, say), save=partial(finish, config, parts)),
     )

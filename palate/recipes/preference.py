@@ -4,6 +4,7 @@ The reference is scored once and read from then on; at step 0, where it is the s
 zero and the loss at its closed form, or nothing is trained.
 """
 
+import time
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -193,7 +194,7 @@ def pin_reference(config: PreferenceConfig, prepared, waiting: list, say, run, g
 
     objective, model = prepared.objective, prepared.loaded.model
     everything = [*groups, *held]
-    column = ReferenceColumn.read(run.reference_path, everything)
+    column, began = ReferenceColumn.read(run.reference_path, everything), time.perf_counter()
     if column is None:
         other = waiting.pop()
         reference = model if other is None else other
@@ -210,6 +211,7 @@ def pin_reference(config: PreferenceConfig, prepared, waiting: list, say, run, g
         column.write(run.reference_path, everything)
         for note in store.notes:
             say(f"reference: {note}")
+    seconds = round(time.perf_counter() - began, 3)
     run.forget("scoring")
     say(f"reference: {column.scored} completions scored, {column.reused} reused")
     annotated = with_reference(everything, column)
@@ -237,7 +239,7 @@ def pin_reference(config: PreferenceConfig, prepared, waiting: list, say, run, g
         else:
             say(f"{start_report(outcomes, objective)}; the reference is not the start")
 
-    facts = {"reference_scored": column.scored, "reference_reused": column.reused}
+    facts = {"reference_scored": column.scored, "reference_reused": column.reused, "reference_seconds": seconds}
     return annotated[: len(groups)], annotated[len(groups) :], facts, inspect
 
 

@@ -255,11 +255,13 @@ class OwnBatches:
 class Watch:
     """What else is measured of the model, at the start, every so many steps (or rollouts) and at the end.
 
-    measure: (model) -> numbers, as `eval/...`. every: in place of --eval-every.
+    measure: (model) -> numbers, as `eval/...`. every: in place of --eval-every. start: the numbers of the start, where
+    they are known already.
     """
 
     measure: Callable[[Any], dict[str, Any]]
     every: int
+    start: dict[str, Any] | None = None
 
 
 def update_config(config: TrainingConfig, rate: float) -> OptimConfig:
@@ -268,7 +270,7 @@ def update_config(config: TrainingConfig, rate: float) -> OptimConfig:
     return OptimConfig(lr=rate, **fields)
 
 
-def open_folder(config: TrainingConfig, verb: str, say: Say) -> tuple[Path, dict[str, Any] | None]:
+def open_folder(config, verb: str, say: Say) -> tuple[Path, dict[str, Any] | None]:
     """The folder of the run, and the result of the one that is finished there already, if --resume names such a one.
 
     --out, or the next free runs/VERB-N. Looked at before data and model are, so that neither need be there any more.
@@ -289,7 +291,7 @@ def open_folder(config: TrainingConfig, verb: str, say: Say) -> tuple[Path, dict
     return out, None
 
 
-def resolved(config: TrainingConfig) -> dict[str, Any]:
+def resolved(config) -> dict[str, Any]:
     """What config.yaml holds: all that a run is made of, and not where it lies, so that it can run again."""
     return config.model_dump(mode="json", exclude={"out", "resume", "dry_run"})
 
@@ -430,7 +432,10 @@ def _train(
         measure = ending.evaluate or evaluate
         found = measure(model, held, objective, tokens=config.train.tokens) if held else {}
         found = found | (retention.measure(model, whole=state.step in (0, prepared.steps)) if retention else {})
-        return found | (watch.measure(model) if watch else {})
+        if watch is None:
+            return found
+        known = watch.start if state.step == 0 else None
+        return found | (watch.measure(model) if known is None else known)
 
     shown_prompts = [group for group in held if len(group.prompt)][: config.samples]
     if state.step == 0:
