@@ -1,7 +1,10 @@
 """What tests of the report share: lines of a run's files, and the page read back as text and elements."""
 
+import re
 from html.parser import HTMLParser
 from pathlib import Path
+
+import pytest
 
 CONFIG = {"model": "models/start", "data": "pairs.jsonl", "lr": 1e-4, "steps": 4, "seed": 0, "train": {"keep": 2}}
 DATA = {
@@ -97,3 +100,16 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if not self._skip:
             self.parts.append(data)
+
+
+def points(svg: str) -> list[list[tuple[float, float]]]:
+    """The drawn lines, as lists of points, but for the axes' own."""
+    drawn = re.findall(r'<path d="([^"]+)"[^>]*style="fill: none;[^"]* stroke: var\(--s\d\)', svg)
+    return [[(float(x), float(y)) for x, y in re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", path)] for path in drawn]
+
+
+def affine(values, places):
+    """Asserts that places are a line through values."""
+    (v0, p0), (v1, p1) = (values[0], places[0]), (values[-1], places[-1])
+    for value, place in zip(values, places, strict=True):
+        assert place == pytest.approx(p0 + (value - v0) * (p1 - p0) / (v1 - v0), abs=1e-3)

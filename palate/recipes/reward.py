@@ -298,7 +298,7 @@ def verdict(before: dict, after: dict) -> tuple[bool, str]:
     )
     word = "better" if low > 0.5 else "worse" if high < 0.5 else "not shown to be better"
     return low > 0.5, (
-        f"{word} than chance: the chosen completion has the larger reward in {after[key]:.1%} [{low:.1%}, {high:.1%}] "
+        f"{word}: the chosen completion has the larger reward in {after[key]:.1%} [{low:.1%}, {high:.1%}] "
         f"of the held-out pairs{known}; loss {number(before['eval/loss'])} to {number(after['eval/loss'])}, "
         f"calibration slope {number(after['eval/calibration_slope'], '.2f')} (1: as sure as it may be)"
     )

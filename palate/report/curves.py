@@ -12,9 +12,16 @@ def progress_charts(run: Reading) -> list[Chart]:
     """Loss, margin, accuracy, and KL where the run measured it."""
     good, bad = run.sides
     charts = [
-        Chart("loss", "Loss", f"loss, {_unit(run)}", _curves(run, "loss")),
+        Chart("loss", "Loss", f"loss, {_unit(run)}", _curves(run, "loss") + _truth(run, "loss")),
         Chart("margin", "Margin", f"{good} minus {bad} reward", _curves(run, "rewards/margins"), level=0),
-        Chart("accuracy", "Accuracy", "share ordered rightly", _accuracy(run), share=True, level=0.5),
+        Chart(
+            "accuracy",
+            "Accuracy",
+            "share ordered rightly",
+            _accuracy(run) + _truth(run, "accuracy"),
+            share=True,
+            level=0.5,
+        ),
     ]
     if any(value for _, value in series(run.steps, "kl")):
         charts.append(Chart("kl", "KL, as the loss estimates it", "nats a completion", _curves(run, "kl")))
@@ -28,7 +35,13 @@ def likelihood_charts(run: Reading) -> list[Chart]:
     if run.imitates:
         return []
     charts = [
-        Chart("rewards", "Implicit rewards", "reward", _sides(run, "rewards"), level=0),
+        Chart(
+            "rewards",
+            "Rewards" if run.record.verb == "reward" else "Implicit rewards",
+            "reward",
+            _sides(run, "rewards"),
+            level=0,
+        ),
         Chart("logps", "Log-probs", "nats a completion", _sides(run, "logps")),
     ]
     return [chart for chart in charts if chart.curves]
@@ -105,6 +118,12 @@ def _accuracy(run: Reading) -> tuple[Curve, ...]:
         Curve(word, held, "s1", dots=True, band=band),
     )
     return tuple(curve for curve in both if curve.points)
+
+
+def _truth(run: Reading, key: str) -> tuple[Curve, ...]:
+    """What the true reward itself reaches on the held-out pairs, where it is known."""
+    points = series(run.evals, f"eval/truth/{key}")
+    return (Curve("the truth's own", [points[0], points[-1]], "s3", dashed=True),) if len(points) > 1 else ()
 
 
 def _decided(lines: Sequence[Line]) -> list[Line]:

@@ -8,6 +8,7 @@ from typing import Any
 from palate.errors import UsageError
 from palate.files import machine_errors, make_folder, write_bytes
 from palate.report import tables, words
+from palate.report.certainty import certainty
 from palate.report.charts import draw
 from palate.report.completions import completions
 from palate.report.curves import likelihood_charts, overlaid_charts, progress_charts, retention_charts, thinned
@@ -73,6 +74,8 @@ def one_run(run: Reading) -> dict[str, Any]:
         "progress": own.progress if own else progress_charts(run),
         "episodes": own,
         "likelihood": likelihood_charts(run),
+        "certainty": certainty(run),
+        "wrong": [pair for pair in run.record.result.examples if pair.wrong] if run.record.result else [],
         "displacement": words.displacement(run.sides, run.before, run.after),
         "changes": tables.changes(run),
         "retention": tables.retention(run),

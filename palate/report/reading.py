@@ -46,8 +46,22 @@ class Retention(_Part):
     flags: list[str] = []
 
 
+class Misjudged(_Part):
+    """A held-out pair that a reward model ordered wrongly or barely rightly. rewards: of chosen and rejected."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    rewards: Annotated[list[float], Field(min_length=2, max_length=2)]
+
+    @property
+    def wrong(self) -> bool:
+        """Whether the rejected completion has the larger reward."""
+        return self.rewards[0] < self.rewards[1]
+
+
 class Result(_Part):
-    """What a run ended with. peak_bytes: of memory, where somebody measured it."""
+    """What a run ended with. peak_bytes: of memory, where somebody measured it. examples: of a reward model."""
 
     steps: Count | None = None
     better: bool | None = None
@@ -55,6 +69,7 @@ class Result(_Part):
     reference_scored: Count | None = None
     reference_reused: Count | None = None
     peak_bytes: Count | None = None
+    examples: list[Misjudged] = []
 
 
 class Plan(_Part):

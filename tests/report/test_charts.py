@@ -3,21 +3,9 @@
 import re
 
 import pytest
+from report_kit import affine, points
 
 from palate.report.charts import MOST_POINTS, Chart, Curve, draw, thin
-
-
-def points(svg: str) -> list[list[tuple[float, float]]]:
-    """The drawn lines, as lists of points, but for the axes' own."""
-    drawn = re.findall(r'<path d="([^"]+)"[^>]*style="fill: none; stroke: var\(--s\d\)', svg)
-    return [[(float(x), float(y)) for x, y in re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", path)] for path in drawn]
-
-
-def affine(values, places):
-    """Asserts that places are a line through values."""
-    (v0, p0), (v1, p1) = (values[0], places[0]), (values[-1], places[-1])
-    for value, place in zip(values, places, strict=True):
-        assert place == pytest.approx(p0 + (value - v0) * (p1 - p0) / (v1 - v0), abs=1e-3)
 
 
 def test_points_stand_where_their_values_say():
