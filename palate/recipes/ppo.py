@@ -21,6 +21,7 @@ from palate.recipes.rollouts import (
     check_room,
     evaluate,
     finish,
+    horizon,
     is_model,
     penalty,
     read,
@@ -84,7 +85,10 @@ class PpoConfig(TrainingConfig):
         float | None,
         Field(gt=0, lt=math.inf, description="Nats a completion that kl_coef steers to; default: it is fixed"),
     ] = None
-    kl_horizon: Annotated[int, Field(gt=0, description="Episodes over which kl_coef follows --target-kl")] = 10_000
+    kl_horizon: Annotated[
+        Literal["auto"] | Annotated[int, Field(gt=0)],
+        Field(description="Episodes over which kl_coef follows --target-kl; auto: a hundredth of all, at most 10000"),
+    ] = "auto"
     gamma: Annotated[float, Field(ge=0, le=1, description="Discount per token")] = 1.0
     lam: Annotated[float, Field(ge=0, le=1, description="Decay of generalised advantages")] = 0.95
     clip: Annotated[float, Field(gt=0, lt=1, description="How far the ratio to the sampling policy counts")] = 0.2
@@ -156,9 +160,8 @@ def run(
     if config.dry_run:
         return plan(config, prepared, count)
     say(f"plan: {count} rollouts of {config.batch} episodes, {every} optimizer steps on each")
-    if config.missing_end == "auto":
-        why = "a reward model's have mean 0 and deviation 1" if is_model(config.reward) else "its scale is not known"
-        say(f"plan: completions that do not end score {penalty(config) or 'as the judge says'} ({why})")
+    for line in chosen(config, count):
+        say(f"plan: {line}")
     whitened = config.critic != "none" and config.minibatches == 1
 
     def inspect(step, outcomes) -> None:
@@ -190,6 +193,18 @@ def run(
     )
 
 
+def chosen(config: PpoConfig, count: int) -> list[str]:
+    """What stands for `auto` besides the rate, and why. count: rollouts."""
+    lines = []
+    if config.missing_end == "auto":
+        why = "a reward model's have mean 0 and deviation 1" if is_model(config.reward) else "its scale is not known"
+        lines.append(f"completions that do not end score {penalty(config) or 'as the judge says'} ({why})")
+    if config.target_kl is not None and config.kl_horizon == "auto":
+        episodes = horizon(config, count)
+        lines.append(f"kl_coef follows --target-kl over {episodes:,} episodes ({count * config.batch:,} in all)")
+    return lines
+
+
 def rate(config: PpoConfig, parameters: int) -> tuple[float, str]:
     """The learning rate and the reason for it: the published ones, and for models that small none was published for."""
     if config.lr != "auto":
@@ -214,6 +229,7 @@ def plan(config: PpoConfig, prepared, count: int) -> dict[str, Any]:
     )
     held = 1 + (not config.lora_rank) + (config.critic == "separate")
     lines.append(f"rollouts   {count} of {config.batch} episodes of at most {config.max_tokens} tokens")
+    lines += [f"           {line}" for line in chosen(config, count)]
     lines.append(f"models     {held} of the policy's size (policy, reference, critic), and what rewards")
     lines += [line for group in prepared.rows.train[:2] for line in preview(prepared.loaded.tokenizer, group)]
     return {"plan": lines, "steps": prepared.steps, "rollouts": count, "rows": prepared.rows.counts, "summary": lines}

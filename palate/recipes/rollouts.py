@@ -147,6 +147,16 @@ def penalty(config: "PpoConfig") -> float | None:
     return None if config.missing_end == "keep" else float(config.missing_end)
 
 
+def horizon(config: "PpoConfig", count: int) -> int:
+    """Episodes over which the KL coefficient follows its target, in a run of `count` rollouts.
+
+    Departs: the published 10,000 are a hundredth of a million episodes; in a short run they would move nothing.
+    """
+    if config.kl_horizon != "auto":
+        return config.kl_horizon
+    return min(10_000, max(config.batch, count * config.batch // 100))
+
+
 def rollouts(config: "PpoConfig", prepared, parts: Parts, say, state) -> Iterator:
     """Step batches, a rollout's after another's: each is sampled when the last update on the one before it is done.
 
@@ -161,8 +171,10 @@ def rollouts(config: "PpoConfig", prepared, parts: Parts, say, state) -> Iterato
 
     rows, each, how = prepared.rows.train, config.batch // config.group, episodes(config, prepared)
     every = config.passes * config.minibatches
-    controller = KlController(state.cursor.get("kl_coef", config.kl_coef), config.target_kl, config.kl_horizon)
-    for rollout in range(state.step // every, prepared.steps // every):
+    count = prepared.steps // every
+    start = state.cursor.get("kl_coef", config.kl_coef)
+    controller = KlController(start, config.target_kl, horizon(config, count))
+    for rollout in range(state.step // every, count):
         started = time.perf_counter()
         places = [divmod(rollout * each + i, len(rows)) for i in range(each)]
         epochs = {epoch: order(len(rows), config.seed, epoch) for epoch, _ in places}

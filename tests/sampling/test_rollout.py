@@ -252,3 +252,6 @@ def test_health_speaks_of_what_is_wrong():
     rising = [good | {"reward": 0.01 * n, "kl": 0.5 * n} for n in range(40)]
     assert "less its KL falls" in health(rising)[0]
     assert health([good | {"value/explained": None}] * 40) == []
+    assert health([good | {"ended": 0.1}] * 40, ends=False) == []
+    steps = [good | {"policy/clipped": share} for share in (0.0, 0.5, 0.4)] * 10  # of three on each rollout
+    assert health(steps, every=3) == [] and "learning rate" in health(steps[:-1] + steps[-2:-1], every=1)[0]
