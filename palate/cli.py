@@ -72,6 +72,10 @@ VERBS = {
         "palate.recipes.compare:CompareConfig",
         ("contestants",),
     ),
+    "frontier": Verb(
+        "Reward against KL for several methods and settings: points, hulls, table, plot.",
+        "palate.recipes.frontier:FrontierConfig",
+    ),
     "chat": Verb("Talk to a model, beside the one it was made from.", "palate.recipes.chat:ChatConfig", ("run",)),
     "report": Verb("One HTML page of one or several runs.", "palate.recipes.report:ReportConfig", ("runs",)),
     "runs": Verb("List runs; show RUN; diff A B.", "palate.recipes.runs:RunsConfig", ("action", "run", "other")),
@@ -312,13 +316,15 @@ def _taker(given: dict, known, operands: tuple[str, ...], own_json: bool) -> Cal
 
     signature = inspect.Signature(parameters + extra)
 
-    def take(*operands, **options):
-        values = signature.bind(*operands, **options).arguments
+    def take(*given_operands, **options):
+        values = signature.bind(*given_operands, **options).arguments
         flags: dict[str, Any] = {"json": True} if own_json and values.pop("json__", None) else {}
         given["config"] = values.pop("config__", None)
         for name, value in values.items():
             if isinstance(value, dict):
                 flags |= {f"{paths[name]}.{key.replace(_DOT, '.')}": text for key, text in value.items()}
+            elif isinstance(value, list) and paths[name] not in operands:
+                flags[paths[name]] = ",".join(value)
             elif value is not None:
                 flags[paths[name]] = value
         given["flags"] = flags
@@ -334,7 +340,7 @@ def default_text(field) -> str:
     default = field.get_default(call_default_factory=True)
     if default is None or default is False or default in ({}, [], (), ""):
         return ""
-    return str(default)
+    return ",".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
 
 
 _DOT = "\ue000"  # a dot inside a name, which cyclopts would take for a table of its own

@@ -305,7 +305,7 @@ def test_every_verb_reads_back_its_own_defaults(tmp_path):
     for verb, config_type in _recipe_types().items():
         known = leaves(config_type).items()
         needed = {path: "lr=1e-5,0.1" if leaf.open else "x" for path, leaf in known if leaf.field.is_required()}
-        needed |= {path: "x,y" for path, leaf in known if list in leaf.wants}
+        needed |= {path: "x,y" for path, leaf in known if leaf.field.annotation == list[str]}
         config, _ = fill(config_type, needed)
         (tmp_path / f"{verb}.yaml").write_text(to_yaml(config))
         assert fill(config_type, {}, tmp_path / f"{verb}.yaml")[0] == config

@@ -56,7 +56,7 @@ def _option(config, key: str) -> str:
     path = key.replace("-", "_")
     group, _, rest = path.partition(".")
     fields = config.inner.model_fields
-    takes = [name for name in _paths(config.inner) if name.partition(".")[0] not in FIXED]
+    takes = [name for name in paths(config.inner) if name.partition(".")[0] not in FIXED]
     if group not in fields or group in FIXED or not (path in takes or (group == "loss_options" and rest)):
         raise UsageError("no such option", where=f"grid.{key}", code="E301", next=nearest(path, takes))
     given, plain = getattr(config, group), fields[group].default
@@ -68,7 +68,7 @@ def _option(config, key: str) -> str:
     return path
 
 
-def _paths(kind: type[BaseModel]) -> list[str]:
+def paths(kind: type[BaseModel]) -> list[str]:
     """The options of a config type; those of its groups dotted."""
     found = []
     for name, info in kind.model_fields.items():
@@ -96,7 +96,7 @@ def _values(kind, base: dict, key: str, path: str, values: Sequence) -> list:
     return found
 
 
-def filled(kind, base: dict, options: dict[str, Any], cell: str | None, where: str):
+def filled(kind, base: dict, options: dict[str, Any], cell: str | None, where: str | None):
     """The inner config with these options. cell: its name; without one they are tried alone, without what they need."""
     tables = {key: dict(value) if isinstance(value, dict) else value for key, value in base.items()}
     for path, value in options.items():

@@ -1,0 +1,502 @@
+"""Reward against KL for several methods and settings: where each ends up, what it cost, and the hull of each.
+
+One reference a seed, one set of pairs drawn from it and labelled by the reward that counts; every setting is a run of
+an ordinary verb, measured on the way. Source: Rafailov et al. 2023, arXiv:2305.18290, section 6.1 and appendix C.1.
+Departs: PPO's coefficient begins where a reward of deviation 1 would have the target KL, and follows it fast enough
+for short runs; best-of-N and RLOO stand beside the paper's methods.
+"""
+
+import gc
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from palate.errors import DataError, Interrupted, ModelError, NotFiniteError, PalateError, UsageError
+from palate.recipes import ppo, preference, reward, sft
+from palate.recipes.grid import filled, nearest, paths
+from palate.recipes.grounds import Drawn, ground_of
+from palate.recipes.hulls import METHODS, Method, draw, standings, table_lines
+from palate.recipes.training import MAY_CHANGE, TrainingConfig, Watch, open_folder, resolved
+from palate.recipes.verbs import Say, stderr
+
+Rising = Annotated[float, Field(gt=0, lt=math.inf)]
+BY_REWARD_MODEL = {"ppo", "rloo", "best_of_n"}
+
+# what is not given, by world; `options` are those of the runs
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "enumerable": {
+        "betas": [0.25, 0.5, 1.0, 2.0],
+        "target_kls": [0.5, 1.0, 2.0, 4.0],
+        "alphas": [0.05, 0.1, 0.5, 1.0],
+        "best_of": [2, 4, 16, 64],
+        "pairs": 20_480,
+        "sharpness": 1.0,
+        "steps": 80,
+        "rollouts": 60,
+        "at": [0.5, 1.0, 2.0, 4.0],
+        "options": {
+            "reference": {"batch": 256, "lr": 5e-3, "train": {"schedule": "cosine"}},
+            "reward": {"batch": 256, "lr": 3e-3, "train": {"schedule": "cosine"}},
+            "dpo": {"batch": 256, "lr": 5e-3, "train": {"schedule": "cosine"}},
+            "unlikelihood": {"batch": 256, "lr": 1e-3},
+            "preferred_ft": {"batch": 256, "lr": 3e-3},
+            "ppo": {"batch": 256, "lr": 3e-3, "max_tokens": 5, "missing_end": "keep"},
+        },
+    },
+    "reviews": {
+        "model": "builtin:tiny",
+        "data": "builtin:reviews[:800]",
+        "prompts": "builtin:prompts[:300]",
+        "reward": "rule",
+        "betas": [0.05, 0.1, 0.5, 2.0],
+        "target_kls": [1.0, 2.0, 4.0, 8.0],
+        "alphas": [0.05, 0.1, 0.5, 1.0],
+        "best_of": [2, 4, 16],
+        "samples": 4,
+        "pairs": 4096,
+        "sharpness": math.inf,
+        "steps": 60,
+        "rollouts": 40,
+        "at": [1.0, 2.0, 4.0, 8.0],
+        "options": {"ppo": {"batch": 64}},
+    },
+}
+OWN = ("model", "data", "prompts", "reward", "samples")  # what the enumerable world brings along
+
+
+class FrontierConfig(BaseModel):
+    """Options of `palate frontier`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    world: Annotated[
+        Literal["reviews", "enumerable"],
+        Field(description="reviews: built-in, or --model and what else is yours; enumerable: needs nothing, is exact"),
+    ] = "reviews"
+    model: Annotated[str | None, Field(description="The reference; default: builtin:tiny")] = None
+    data: Annotated[
+        str | None, Field(description="Prompts, or pairs, that are trained on; default: builtin:reviews[:800]")
+    ] = None
+    prompts: Annotated[
+        str | None, Field(description="Held-out prompts that are measured on; default: builtin:prompts[:300]")
+    ] = None
+    reward: Annotated[
+        str | None,
+        Field(description="The reward that counts: rule (default), a reward model's folder, module:function"),
+    ] = None
+    methods: Annotated[list[Method], Field(min_length=1, description="Which are run; sft is the reference itself")] = [
+        *METHODS
+    ]
+    betas: Annotated[
+        list[Rising] | None,
+        Field(min_length=1, description="Of dpo; default: 0.05,0.1,0.5,2, enumerable 0.25,0.5,1,2"),
+    ] = None
+    target_kls: Annotated[
+        list[Rising] | None,
+        Field(min_length=1, description="Of ppo, ppo_true, rloo, nats; default: 1,2,4,8, enumerable 0.5,1,2,4"),
+    ] = None
+    alphas: Annotated[
+        list[Annotated[float, Field(ge=0, le=1)]] | None,
+        Field(min_length=1, description="Of unlikelihood; default: 0.05,0.1,0.5,1"),
+    ] = None
+    best_of: Annotated[
+        list[Annotated[int, Field(ge=2, le=1024)]] | None,
+        Field(min_length=1, description="Of best_of_n; default: 2,4,16, enumerable 64 too"),
+    ] = None
+    samples: Annotated[
+        int | None,
+        Field(ge=0, description="Completions of each prompt, to make pairs of; 0: the pairs of --data; default: 4"),
+    ] = None
+    pairs: Annotated[
+        int | None, Field(gt=0, description="Pairs to learn from, at most; default: 4096, enumerable 20480")
+    ] = None
+    sharpness: Annotated[
+        float | None,
+        Field(gt=0, description="Labels say sigmoid(sharpness x gap); default: inf, without error; enumerable 1"),
+    ] = None
+    steps: Annotated[
+        int | None, Field(gt=0, description="Optimizer steps of what learns from pairs; default: 60, enumerable 80")
+    ] = None
+    rollouts: Annotated[
+        int | None, Field(gt=0, description="Of ppo, ppo_true and rloo; default: 40, enumerable 60")
+    ] = None
+    points: Annotated[int, Field(gt=0, description="Points of each run, at even distances, the last at its end")] = 5
+    max_tokens: Annotated[int, Field(gt=0, description="Tokens of a completion")] = 64
+    at: Annotated[
+        list[Rising] | None,
+        Field(min_length=1, description="KLs of the table, nats; default: those of --target-kls' default"),
+    ] = None
+    options: Annotated[
+        dict[str, float | bool | int | str],
+        Field(description="Options of the runs, as ppo.lr=1e-3; also of reward, and reference in the enumerable world"),
+    ] = {}
+    seed: Annotated[
+        int, Field(ge=0, lt=2**31, description="The first seed; in the enumerable world it draws the reward")
+    ] = 0
+    seeds: Annotated[int, Field(gt=0, le=100, description="How many, one after another")] = 1
+    device: Annotated[str, Field(description="auto, cpu, cuda, mps")] = "auto"
+    out: Annotated[str | None, Field(description="Run folder; default: runs/frontier-N")] = None
+    resume: Annotated[bool, Field(description="Go on with --out; finished cells are not run again")] = False
+    dry_run: Annotated[bool, Field(description="Say which runs it would be, and stop")] = False
+
+    @model_validator(mode="after")
+    def _has_effect(self):
+        if self.world == "enumerable" and (given := [name for name in OWN if getattr(self, name) is not None]):
+            what = "has no effect in the enumerable world, which has its own"
+            raise UsageError(what, where=given[0], code="E316", next="drop it, or leave --world out")
+        for name in ("methods", "betas", "target_kls", "alphas", "best_of", "at"):
+            values = getattr(self, name) or []
+            if len(set(values)) < len(values):
+                raise UsageError("has one value twice", where=name, code="E302", next="keep one")
+        known = [*METHODS[:4], *METHODS[5:7], "reward", *(["reference"] if self.world == "enumerable" else [])]
+        for key in self.options:
+            if key.partition(".")[0] not in known or "." not in key:
+                what = f"{key} names no option of a run"
+                raise UsageError(what, where="options", code="E301", next=f"write KIND.OPTION=VALUE, KIND one of {', '.join(known)}")  # fmt: skip  # noqa: E501
+        return self
+
+    def value(self, name: str) -> Any:
+        """What is given, or the default of the world."""
+        found = getattr(self, name)
+        return DEFAULTS[self.world].get(name) if found is None else found
+
+
+@dataclass
+class Cell:
+    """A method with a setting on a seed. verb, config: of its run; nothing is trained without, config is the n then."""
+
+    method: str
+    setting: str
+    seed: int
+    verb: str | None = None
+    config: Any = None
+    error: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Its folder."""
+        return ",".join(filter(None, (self.method, self.setting, f"seed={self.seed}")))
+
+
+VERBS: dict[str, tuple[type[TrainingConfig], Callable]] = {
+    "sft": (sft.SftConfig, sft.run),
+    "reward": (reward.RewardConfig, reward.run),
+    "dpo": (preference.PreferenceConfig, preference.run),
+    "ppo": (ppo.PpoConfig, ppo.run),
+}
+
+
+def run(config: FrontierConfig, *, verb: str = "frontier", argv=(), say: Say = stderr, panel=None) -> dict[str, Any]:
+    """Runs the cells and returns the table; frontier.json and frontier.svg have the points.
+
+    Raises UsageError before anything is written; what reading, loading and training raise; Interrupted, after which
+    --resume goes on; PalateError where a point lies above the exact frontier, which would be a bug.
+    """
+    from palate.run import Run
+
+    out, ended = open_folder(config, verb, say)
+    if ended is not None:
+        return ended
+    cells = {seed: list(cells_of(config, seed, out)) for seed in seeds_of(config)}
+    names = [cell.name for row in cells.values() for cell in row]
+    say(f"frontier: {len(names)} runs on {len(cells)} seeds")
+    if config.dry_run:
+        return {"cells": names, "summary": names}
+    go_on = f"palate {verb} -c {out / 'config.yaml'} --resume --out {out}"
+    try:
+        with Run.create(
+            out, verb=verb, config=resolved(config), argv=list(argv), resume=config.resume, may_change=MAY_CHANGE
+        ) as run:
+            result = _run(config, run, cells, list(argv), say)
+            run.finish(result)
+    except (Interrupted, KeyboardInterrupt) as error:
+        interrupted = Interrupted(str(getattr(error, "what", "interrupted")), next=go_on)
+        interrupted.result = {"out": str(out)}
+        raise interrupted from error
+    except PalateError as error:
+        error.result = {"out": str(out)} | (getattr(error, "result", None) or {})
+        raise
+    return result
+
+
+def seeds_of(config: FrontierConfig) -> range:
+    """The seeds."""
+    return range(config.seed, config.seed + config.seeds)
+
+
+def cells_of(config: FrontierConfig, seed: int, out: Path) -> Iterator[Cell]:
+    """The cells of a seed: the reference, the reward model, then each method's, with the configs of their runs.
+
+    Raises UsageError naming the cell whose options cannot be.
+    """
+    ground = ground_of(config, seed, out)
+    pairs: dict[str, Any] = {"model": ground.model, "data": ground.pairs, "steps": config.value("steps")}
+    silent: dict[str, Any] = {"retain": "none", "retain_samples": 0}
+
+    def cell(method: str, setting: str, verb: str, options: dict[str, Any], kind: str | None = None) -> Cell:
+        found = Cell(method, setting, seed, verb)
+        common = {"eval": "none", "report": False, "samples": 0, "seed": seed, "device": config.device}
+        base = common | options | DEFAULTS[config.world]["options"].get(kind or method, {})
+        # what is said of ppo is said of its kin, unless they say otherwise
+        given = {name: key for kin in (kind or method, method) for key, name in _said_of(config, kin)}
+        for name, key in given.items():
+            if name not in (takes := paths(VERBS[verb][0])):
+                raise UsageError("no such option", where=f"options.{key}", code="E301", next=nearest(name, takes))
+        where = ", ".join(f"options.{key}" for key in given.values()) or None
+        mine = {name: config.options[key] for name, key in given.items()}
+        found.config = filled(VERBS[verb][0], base, mine, f"cell {found.name}", where)
+        if verb == "dpo":
+            try:
+                preference.check_loss(found.config, verb)
+            except UsageError as error:
+                what = f"cell {found.name}: {error.what}"
+                raise UsageError(what, where=error.where, code=error.code, next=error.next) from None
+        return found
+
+    if ground.made_from is not None:
+        yield cell("reference", "", "sft", ground.made_from)
+    yield Cell("sft", "", seed)
+    if BY_REWARD_MODEL & {*config.methods}:
+        yield cell("reward", "", "reward", pairs | {"eval": ground.held_pairs})
+    for beta in config.value("betas") if "dpo" in config.methods else ():
+        yield cell("dpo", f"beta={beta:g}", "dpo", pairs | silent | {"beta": beta})
+    for alpha in config.value("alphas") if "unlikelihood" in config.methods else ():
+        loss = {"loss": "unlikelihood", "loss_options": {"alpha": alpha}}
+        yield cell("unlikelihood", f"alpha={alpha:g}", "dpo", pairs | silent | loss)
+    if "preferred_ft" in config.methods:
+        yield cell("preferred_ft", "", "sft", pairs)
+    if "best_of_n" in config.methods:
+        yield from (Cell("best_of_n", f"n={n}", seed, config=n) for n in config.value("best_of"))
+    for method in [method for method in ("ppo", "ppo_true", "rloo") if method in config.methods]:
+        judge = ground.reward if method == "ppo_true" else ground.reward_model
+        options = {"model": ground.model, "data": ground.prompts, "reward": judge}
+        options |= {"steps": config.value("rollouts"), "max_tokens": config.max_tokens}
+        if method == "rloo":
+            options |= {"critic": "none", "group": 4}
+        for kl in config.value("target_kls"):
+            yield cell(method, f"target_kl={kl:g}", "ppo", options | {"target_kl": kl} | _steered(config, kl), "ppo")
+
+
+def _said_of(config: FrontierConfig, kind: str) -> list[tuple[str, str]]:
+    """(key of --options, option of the run) of all that is said of this kind of run."""
+    keys = [key for key in config.options if key.startswith(f"{kind}.")]
+    return [(key, key.removeprefix(f"{kind}.").replace("-", "_")) for key in keys]
+
+
+def _steered(config: FrontierConfig, target: float) -> dict[str, Any]:
+    """Where the coefficient begins, and how fast it moves: by at most a tenth a rollout."""
+    batch = int(config.options.get("ppo.batch", DEFAULTS[config.world]["options"]["ppo"]["batch"]))
+    return {"kl_coef": round(1 / math.sqrt(2 * target), 4), "kl_horizon": 2 * batch}
+
+
+def _run(config: FrontierConfig, run, cells: dict[int, list[Cell]], argv: list[str], say: Say) -> dict[str, Any]:
+    points: list[dict[str, Any]] = []
+    exact: dict[int, list[tuple[float, float]]] = {}
+    for seed, row in cells.items():
+        done = list(points)
+        for mine, curve in _seed(config, run.path, seed, row, argv, say):
+            points = done + mine
+            exact |= {seed: curve} if curve else {}
+            _write(config, run.path, cells, points, exact)
+    failed = {cell.name: cell.error for row in cells.values() for cell in row if cell.error}
+    rows = standings(points, config.value("at"), exact)
+    draw(run.path / "frontier.svg", points, exact, max(config.value("at")))
+    return {
+        "out": str(run.path),
+        "verdict": _verdict(rows),
+        "points": len(points),
+        "frontier": str(run.path / "frontier.json"),
+        "plot": str(run.path / "frontier.svg"),
+        "table": rows,
+        "failed": failed,
+        "summary": [
+            *table_lines(rows),
+            *(f"failed     {name}: {error}" for name, error in failed.items()),
+            f"points     {run.path / 'frontier.json'}: {len(points)}",
+            f"plot       {run.path / 'frontier.svg'}",
+        ],
+    }
+
+
+def _seed(config: FrontierConfig, out: Path, seed: int, cells: list[Cell], argv, say: Say) -> Iterator[tuple]:
+    """Runs what has not been run; after each cell (points of the seed so far, its exact curve)."""
+    from palate.files import read_json, write_json
+
+    ground = ground_of(config, seed, out)
+    if cells[0].method == "reference":
+        ground.prepare()
+        _train(cells[0], out, argv)
+    ground.open(say)
+    path = ground.folder / "drawn.json"
+    if not path.exists():
+        write_json(path, asdict(ground.draw(say)))
+    drawn, curve = Drawn(**read_json(path)), ground.exact(config.value("at"))
+    best: dict[int, dict[str, Any]] = {}
+    start: dict[str, Any] = {}
+    for cell in cells:
+        folder = out / "cells" / cell.name
+        if cell.method == "sft":
+            start = _noted(folder, cell, ground.at_start)
+        elif cell.method == "best_of_n":
+            counts = config.value("best_of")
+            best = best or (dict(zip(counts, ground.best_of(counts), strict=True)) if not _is_done(folder) else {})
+            _noted(folder, cell, partial(best.get, cell.config))
+        elif cell.verb == "reward":
+            _train(cell, out, argv)
+        else:
+            steps = cell.config.steps
+            _train(cell, out, argv, watch=Watch(ground.measure, -(-steps // config.points), start))
+        points = _points(out, cells, drawn)
+        mine = [point for point in points if point["cell"] == cell.name]
+        say(f"frontier: {cell.name}: {_shown(cell, mine)}")
+        _refuse_above(points)
+        yield points, curve
+
+
+def _train(cell: Cell, out: Path, argv: list[str], **watched) -> None:
+    """The cell's run, from where it stands; what ends a run and is no fault of the others' is kept in `error`."""
+    path = out / "cells" / cell.name
+    if _is_done(path):
+        return
+    assert cell.verb is not None
+    config = cell.config.model_copy(update={"out": str(path), "resume": True})
+    try:
+        VERBS[cell.verb][1](config, verb=cell.verb, argv=argv, say=lambda text="": None, **watched)
+    except Interrupted as error:
+        raise Interrupted(f"cell {cell.name}: {error.what}", next=error.next) from error
+    except (NotFiniteError, DataError, ModelError) as error:
+        if cell.method in ("reference", "reward"):
+            raise
+        cell.error = str(error)
+    gc.collect()  # the model of this cell, before the next one's
+
+
+def _is_done(path: Path) -> bool:
+    from palate.run import status_of
+
+    return (path / "run.json").exists() and status_of(path) == "done"
+
+
+def _noted(path: Path, cell: Cell, measure: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
+    """The numbers of a cell that trains nothing, measured once and kept in a run folder as any cell's are."""
+    from palate.run import Run, read_lines
+
+    if not _is_done(path):
+        what = {"method": cell.method, "setting": cell.setting, "seed": cell.seed}
+        with Run.create(path, verb="frontier", config=what, resume=True) as run:
+            run.rewind(0)
+            run.log({"step": 0} | (measure() or {}))
+    (line,) = read_lines(path / "metrics.jsonl")
+    return {key: value for key, value in line.items() if key.startswith("eval/")}
+
+
+def _points(out: Path, cells: list[Cell], drawn: Drawn) -> list[dict[str, Any]]:
+    """Every evaluated checkpoint of the cells, from their folders: the same whether they ran now or before.
+
+    seconds: for the pairs, the reward model, the reference's scores, and of the steps with what they sampled; not for
+    measuring and saving. samples: completions drawn for all that; of best-of-N also the N of one answer.
+    """
+    from palate.files import read_json
+    from palate.run import read_lines
+
+    def lines(cell: Cell) -> list[dict[str, Any]]:
+        return read_lines(out / "cells" / cell.name / "metrics.jsonl")
+
+    def scoring(cell: Cell) -> float:
+        path = out / "cells" / cell.name / "run.json"
+        result = (read_json(path).get("result") or {}) if path.exists() else {}
+        return result.get("reference_seconds", 0.0)
+
+    rewarding = sum(
+        line["seconds"] for cell in cells if cell.verb == "reward" for line in lines(cell) if "loss" in line
+    )
+    scored = max((scoring(cell) for cell in cells if cell.verb == "dpo"), default=0.0)
+    points = []
+    for cell in cells:
+        if cell.method in ("reference", "reward"):
+            continue
+        seconds = 0.0 if cell.method in ("sft", "ppo_true") else drawn.seconds
+        seconds += rewarding if cell.method in BY_REWARD_MODEL else 0.0
+        seconds += scored if cell.method == "dpo" else 0.0
+        samples = 0 if cell.method in ("sft", "ppo_true") else drawn.samples
+        samples += cell.config if cell.method == "best_of_n" else 0
+        for line in lines(cell):
+            seconds += line["seconds"] if "loss" in line else 0.0
+            if line.get("eval/reward") is None or line.get("eval/kl") is None or (cell.verb and not line["step"]):
+                continue
+            points.append(
+                {
+                    "method": cell.method,
+                    "setting": cell.setting,
+                    "seed": cell.seed,
+                    "step": line["step"],
+                    "reward": line["eval/reward"],
+                    "kl": line["eval/kl"],
+                    "seconds": round(seconds, 3),
+                    "samples": samples + _sampled(cell, line["step"]),
+                    "exact_reward": line.get("eval/best_reward"),
+                    **{name: line[f"eval/{name}"] for name in ("reward_low", "reward_high", "kl_low", "kl_high")},
+                    "cell": cell.name,
+                }
+            )
+    return points
+
+
+def _sampled(cell: Cell, step: int) -> int:
+    """Completions that a run has drawn by itself until this optimizer step."""
+    if cell.verb != "ppo":
+        return 0
+    return cell.config.batch * -(-step // (cell.config.passes * cell.config.minibatches))
+
+
+def _shown(cell: Cell, points: list[dict[str, Any]]) -> str:
+    if cell.error:
+        return f"failed: {cell.error}"
+    if not points:
+        return "done"
+    last = points[-1]
+    return f"reward {last['reward']:.3f} at KL {last['kl']:.2f}, {last['seconds']:.0f} s, {last['samples']:,} samples"
+
+
+def _refuse_above(points: list[dict[str, Any]]) -> None:
+    """Nothing, unless a point lies above the exact frontier: then PalateError, for that is a wrong KL or reward."""
+    from palate.evaluation.frontier import check_below
+
+    for point in check_below(points):
+        what = (
+            f"step {point['step']} has reward {point['reward']:.9f} at KL {point['kl']:.9f}, where no policy has more "
+            f"than {point['exact_reward']:.9f}"
+        )
+        raise PalateError(what, where=point["cell"], next="report it: the KL or the reward is computed wrongly")
+
+
+def _write(config: FrontierConfig, out: Path, cells, points, exact) -> None:
+    from palate.files import write_json
+
+    curves = [{"seed": seed, "curve": curve} for seed, curve in exact.items()]
+    states = [
+        {
+            "name": cell.name,
+            "path": f"cells/{cell.name}",
+            "done": _is_done(out / "cells" / cell.name),
+            "error": cell.error,
+        }
+        for row in cells.values()
+        for cell in row
+    ]
+    table = {"world": config.world, "seeds": list(cells), "points": points, "exact": curves, "cells": states}
+    write_json(out / "frontier.json", table)
+
+
+def _verdict(rows: list[dict[str, Any]]) -> str:
+    """Which method's hull reaches highest at each KL of the table."""
+    found = []
+    for kl in rows[0]["reward"]:
+        best = max((row for row in rows if row["method"] != "exact"), key=lambda row: row["reward"][kl]["mean"])
+        found.append(f"{best['method']} {best['reward'][kl]['mean']:.3f} within KL {kl}")
+    return "the most reward: " + ", ".join(found)
