@@ -204,6 +204,7 @@ def run(config: FrontierConfig, *, verb: str = "frontier", argv=(), say: Say = s
         return ended
     cells = {seed: list(cells_of(config, seed, out)) for seed in seeds_of(config)}
     names = [cell.name for row in cells.values() for cell in row]
+    ground_of(config, config.seed, out).check(say)
     say(f"frontier: {len(names)} runs on {len(cells)} seeds")
     if config.dry_run:
         return {"cells": names, "summary": names}

@@ -56,6 +56,9 @@ class Listed:
         _write(self.made_from["data"], data)
         self.world.write_start(self.folder / "start", spread=0.1)
 
+    def check(self, say: Say) -> None:
+        """Nothing: all of it is made."""
+
     def open(self, say: Say) -> None:
         """Takes the reference."""
         from palate.evaluation.exact import table_of
@@ -136,6 +139,10 @@ class Sampled:
     def prepare(self) -> None:
         """Nothing: the reference is there."""
 
+    def check(self, say: Say) -> None:
+        """Nothing, where model, files and reward can be read; else what they raise, before anything is written."""
+        self.open(say)
+
     def open(self, say: Say) -> None:
         """Takes the reference, the held-out prompts and the judge."""
         from palate.data.sources import read_prompts
@@ -164,6 +171,9 @@ class Sampled:
         texts, scores = self._samples(self.trained, samples, PAIRS, self.judge)
         rows = self._pairs(texts, scores)
         if not rows:
+            if self.ends and not any(one.finished for row in texts for one in row):
+                what = f"none of {len(self.trained) * samples} samples ended within {self.config.max_tokens} tokens"
+                raise UsageError(what, where="max_tokens", code="E308", next="raise it")
             what = f"no two of {samples} samples of a prompt differ in --reward, so there are no pairs"
             raise DataError(
                 what, where=self.config.value("data"), code="E601", next="give other prompts, or --samples 8"

@@ -226,22 +226,27 @@ def test_anyones_model_and_reward(palate, tiny, tmp_path):
     name = "reward_" + "".join(letter for letter in tmp_path.name if letter.isalnum())
     (tmp_path / f"{name}.py").write_text("def vowels(prompt, text):\n    return sum(text.count(c) for c in 'aeiou')\n")
     data = write_rows(tmp_path / "d.jsonl", pairs(12))
-    held = write_rows(tmp_path / "h.jsonl", [{"prompt": row["prompt"]} for row in list(pairs(24))[12:]])
-    options = dict(model=tiny, data=data, prompts=held, reward=f"{name}:vowels", betas="0.1", best_of="2,4", steps=4,
-                   target_kls="1", rollouts=2, points=1, max_tokens=8, device="cpu")  # fmt: skip
-    more = ["--methods", "dpo,best_of_n,ppo_true,sft", "--options", "ppo.batch=4,dpo.batch=4,dpo.lr=3e-3,reward.normalise=8,reward.eval=none"]  # fmt: skip  # noqa: E501
-    palate.ok("frontier", *more, "--options", "ppo.missing-end=keep", **options, out="f")
-    found = read()
-    by_cell = {p["cell"]: p for p in found["points"]}
-    start, dpo = by_cell["sft,seed=0"], by_cell["dpo,beta=0.1,seed=0"]
+    options = dict(reward=f"{name}:vowels", betas="0.1", best_of="2,4", steps=4, points=1, target_kls="1", rollouts=2)
+    options |= {"device": "cpu"}
+    more = ["--methods", "dpo,best_of_n,ppo_true,sft", "--options", "ppo.batch=4,dpo.batch=4,reward.batch=4"]
+    palate("frontier", *more, **options, prompts="builtin:prompts[:10]", data=data, model=tiny, out="f")
+    assert palate.code == 3 and "template" in palate.said and not Path("f").exists()
+    palate("frontier", *more, **options, prompts=data, data=data, model=tiny, max_tokens=4, out="f")
+    assert palate.code == 2 and "none of 48 samples ended within 4 tokens" in palate.said
+    options |= {"data": "builtin:reviews[:10]", "prompts": "builtin:prompts[:10]"}
+    palate.ok("frontier", *more, **options, out="g")
+    found = read("g")
+    by_cell = {p["cell"].removesuffix(",seed=0"): p for p in found["points"]}
+    start, dpo = by_cell["sft"], by_cell["dpo,beta=0.1"]
     assert start["kl"] == 0 and start["exact_reward"] is None and start["reward_low"] < start["reward"]
-    assert dpo["kl"] != 0 and dpo["samples"] == 48 and dpo["kl_low"] < dpo["kl"] < dpo["kl_high"]
-    assert by_cell["best_of_n,n=4,seed=0"]["kl"] == pytest.approx(math.log(4) - 0.75)
-    assert by_cell["ppo_true,target_kl=1,seed=0"]["samples"] == 8
-    count = {"chosen": 0, "rejected": 0}
-    for row in map(json.loads, Path("f/seed-0/pairs.jsonl").read_text().splitlines()):
-        said = {side: sum(row[side].count(c) for c in "aeiou") for side in count}
-        assert said["chosen"] > said["rejected"]
-    options |= {"samples": 0, "out": "g"}
-    palate.ok("frontier", "--methods", "dpo", "--options", "dpo.batch=4", **options)
-    assert not Path("g/seed-0/pairs.jsonl").exists() and read("g")["points"][-1]["samples"] == 0
+    assert dpo["kl"] != 0 and dpo["samples"] == 40 and dpo["kl_low"] < dpo["kl"] < dpo["kl_high"]
+    assert by_cell["best_of_n,n=4"]["kl"] == pytest.approx(math.log(4) - 0.75)
+    assert by_cell["ppo_true,target_kl=1"]["samples"] == 8
+
+    def vowels(message):
+        return sum(message[0]["content"].count(letter) for letter in "aeiou")
+
+    rows = [json.loads(line) for line in Path("g/seed-0/pairs.jsonl").read_text().splitlines()]
+    assert len(rows) > 30 and all(vowels(row["chosen"]) > vowels(row["rejected"]) for row in rows)
+    palate.ok("frontier", "--methods", "dpo", "--options", "dpo.batch=4", **options, samples=0, out="h")
+    assert not Path("h/seed-0/pairs.jsonl").exists() and read("h")["points"][-1]["samples"] == 0
