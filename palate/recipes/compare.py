@@ -69,7 +69,7 @@ def run(config: CompareConfig, *, verb: str = "compare", argv=(), say=stderr, pa
     judge = open_judge(config.judge, device=config.device, seed=config.seed)
     if config.judge == "rule":
         check_prompts(judge, distinct)
-    made, drift = dict(files), Drift(*config.contestants[:2], config.temperature)
+    made, drift = dict(files), Drift(config.contestants[0], config.contestants[1], config.temperature)
     for name in models:
         made[name] = completed(config, name, distinct, say, drift)
     made = {name: made[name] for name in dict.fromkeys(config.contestants)}

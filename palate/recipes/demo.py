@@ -27,6 +27,8 @@ TRIED = 96  # pairs of the trial that the plan is made from
 # all that a demo leaves in its folder, finished or not
 MADE = {".lock", "run.json", "config.yaml", "data.json", "metrics.jsonl", "samples.jsonl", "retention.json"}
 MADE |= {"reference.safetensors", "scoring", "checkpoints", "model", "compare", "report.html"}
+ROAD_FILE = "road.json"
+ROAD = {"data", "base", "sft", "dpo", "reward", "ppo", ROAD_FILE}  # what --full leaves besides
 
 
 class DemoConfig(BaseModel):
@@ -34,7 +36,10 @@ class DemoConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    minutes: Annotated[float, Field(gt=0, le=600, description="Minutes it may take; they decide the steps")] = 2.5
+    full: Annotated[bool, Field(description="From text to a tuned model, and reward model + PPO beside DPO")] = False
+    minutes: Annotated[
+        float | None, Field(gt=0, le=600, description="Minutes it may take, which decide the steps; 2.5, of --full 8")
+    ] = None
     out: Annotated[str, Field(description="Run folder; one that a demo made before is replaced")] = "runs/demo"
     seed: Annotated[int, Field(ge=0, lt=2**63, description="Of the order of pairs and of what is sampled")] = 0
 
@@ -51,9 +56,13 @@ def run(config: DemoConfig, *, verb: str = "demo", argv=(), say=stderr, panel=No
 
     out = Path(config.out)
     clear(out)
-    told = Teller(say, config.minutes)
+    told = Teller(say, config.minutes or (8 if config.full else 2.5))
     say(f" palate {__version__} · {machine()} · everything stays in {out}")
 
+    if config.full:
+        from palate.recipes.road import walk
+
+        return walk(config, told, argv, panel)
     found = told.run("doctor", doctor.run, doctor.DoctorConfig, {"data": DATA}, operands=("data",))
     notes = "; ".join(finding["what"] for finding in found["findings"]) or "nothing to note"
     counts = f"{found['errors']} errors, {found['warnings']} warnings"
@@ -71,8 +80,7 @@ def run(config: DemoConfig, *, verb: str = "demo", argv=(), say=stderr, panel=No
     accuracy = trained["after"]["eval/rewards/accuracies"]
     told.line("train", f"the chosen completion has the larger implicit reward in {accuracy:.1%} of held-out pairs")
 
-    options = {"contestants": [config.out, MODEL], "data": PROMPTS, "judge": "rule", "max_tokens": LONGEST}
-    options |= {"temperature": TEMPERATURE, "seed": config.seed, "out": str(out / "compare")}
+    options = comparison(config.out, MODEL, config.seed)
     match = told.run("compare", compare.run, compare.CompareConfig, options, operands=("contestants",))
     told.line("compare", match_line(match))
     for before, after in examples(out):
@@ -81,6 +89,12 @@ def run(config: DemoConfig, *, verb: str = "demo", argv=(), say=stderr, panel=No
     told.line("saved", f"{out / 'model'} (loads in transformers) · {page}")
     say(f" next        palate chat {shlex.quote(str(out))} · palate dpo --model YOURS --data pairs.jsonl --dry-run")
     return result(config, told, trained, match, page)
+
+
+def comparison(run: str, start: str, seed: int) -> dict[str, Any]:
+    """Options of `palate compare` for a run's model against the one that it began from."""
+    options = {"contestants": [run, start], "data": PROMPTS, "judge": "rule", "max_tokens": LONGEST}
+    return options | {"temperature": TEMPERATURE, "seed": seed, "out": str(Path(run) / "compare")}
 
 
 def match_line(match: dict[str, Any]) -> str:
@@ -161,17 +175,29 @@ def command_of(verb: str, options: dict[str, Any], operands: Sequence[str] = ())
 
 @dataclass(frozen=True)
 class Pace:
-    """What this machine needs, in seconds. step: one step. scored: a pair's log-probs. sampled: a completion."""
+    """What this machine needs, in seconds.
+
+    step: one step. scored: a pair's log-probs. sampled: a completion. token: a trained stream token.
+    """
 
     step: float
     scored: float
     sampled: float
+    token: float
 
     def steps(self, seconds: float) -> int:
         """How many steps fit, between FEWEST and MOST, with a quarter of the time kept back."""
         pairs, held = 2400, 300
         fixed = 10 + self.scored * (pairs + 5 * held) + self.sampled * 2.2 * held
         return max(FEWEST, min(MOST, int((0.75 * seconds - fixed) / self.step)))
+
+    def texts(self, seconds: float, tokens: float) -> int:
+        """How many texts of so many tokens can be trained in the time."""
+        return int(seconds / (self.token * tokens))
+
+    def rollout(self, episodes: int, passes: int) -> float:
+        """Seconds of one: an episode is sampled, scored by four models, and trained on with a critic beside."""
+        return episodes * (self.sampled + 2 * self.scored + passes * self.step / BATCH)
 
 
 def measure() -> Pace:
@@ -181,7 +207,7 @@ def measure() -> Pace:
     """
     import torch
 
-    from palate.data.batch import collate
+    from palate.data.batch import collate, stream_length
     from palate.data.sources import read_pairs
     from palate.data.tokens import end_tokens, tokenize
     from palate.model.load import load
@@ -206,7 +232,8 @@ def measure() -> Pace:
         scored = _seconds(lambda: logps(model, collate(groups[: TRIED // 2]), numerics=numerics)) / (TRIED // 2)
     prompts, ends = [group.prompt for group in groups[:24]], end_tokens(tokenizer)
     sampled = _seconds(lambda: generate(model, tokenizer, prompts, max_tokens=LONGEST, end_ids=ends)) / len(prompts)
-    return Pace(step, scored, sampled / 2)  # many prompts at once cost less each
+    token = step / (BATCH * sum(stream_length(group) for group in groups) / len(groups))
+    return Pace(step, scored, sampled / 2, token)  # many prompts at once cost less each
 
 
 def _seconds(work: Callable) -> float:
@@ -225,14 +252,14 @@ def clear(out: Path) -> None:
     left = {path.name for path in out.iterdir()} if out.is_dir() else {"a file"} if out.exists() else set()
     if not left:
         return
-    record = read_json(out / "run.json") if (out / "run.json").is_file() else {"argv": None}
-    argv = record.get("argv") if isinstance(record, dict) else None
+    records = [read_json(path) for path in (out / "run.json", out / ROAD_FILE) if path.is_file()]
+    argv = next((record.get("argv") for record in records if isinstance(record, dict)), None)
     begun = ".lock" in left and not left - {".lock", "config.yaml"}  # it was stopped before it had a run.json
     if not begun and not (isinstance(argv, list) and argv[1:2] == ["demo"]):
         raise UsageError("holds something that no demo made", where=str(out), code="E313", next="take a new --out")
-    if foreign := sorted(name for name in left - MADE if not (name.startswith(".") and name.endswith(".tmp"))):
+    if foreign := sorted(name for name in left - MADE - ROAD if not (name.startswith(".") and name.endswith(".tmp"))):
         what = f"holds {foreign[0]}, which no demo made, beside an earlier demo"
         raise UsageError(what, where=str(out), code="E313", next="move it elsewhere, or take a new --out")
-    if ".lock" in left:
-        Lock(out / ".lock").close()
+    for lock in (*out.glob(".lock"), *out.glob("*/.lock")):
+        Lock(lock).close()
     remove_tree(out)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from palate.errors import CheckpointError, Interrupted, NotBetterError, PalateError, UsageError
-from palate.recipes.plan import auto_rate, check_disk, memory_needs, peak_memory
+from palate.recipes.plan import auto_rate, check_disk, forget_peak, memory_needs, peak_memory
 from palate.recipes.retain import Retention, retention_lines
 from palate.recipes.rows import Rows, read_rows, strings_of
 from palate.recipes.verbs import InputConfig, Say, check_model_options, max_length, resolve_precision
@@ -140,6 +140,7 @@ def prepare(
     from palate.scoring import Numerics, support
 
     check_model_options(config, config.model, getattr(config, "reference", None))
+    forget_peak()  # of a run before this one in the same process
     records = read(config.data)  # bad rows are named before a model is loaded
     other = read(config.eval) if config.eval not in ("auto", "none") else None
     if other is not None:

@@ -14,6 +14,7 @@ from palate.report.completions import completions
 from palate.report.curves import likelihood_charts, overlaid_charts, progress_charts, retention_charts, thinned
 from palate.report.episodes import episodes
 from palate.report.reading import Reading, read_run
+from palate.report.road import is_road, road
 from palate.report.verdict import banner, tiles, verdict
 
 MARK = b"<!-- made by palate report -->"
@@ -29,10 +30,11 @@ def write_report(runs: Sequence[str | os.PathLike], out: str | os.PathLike | Non
     paths = [Path(run) for run in runs]
     if not paths:
         raise UsageError("a report needs a run", code="E300", next="name a run folder; palate runs list names them")
-    readings = [read_run(path) for path in paths]
+    gone = len(paths) == 1 and is_road(paths[0])
+    readings = [] if gone else [read_run(path) for path in paths]
     target = Path(out) if out is not None else (paths[0] if len(paths) == 1 else Path()) / "report.html"
     _refuse_other(target)
-    text = page(readings)
+    text = _templates().get_template("road.html").render(road(paths[0])) if gone else page(readings)
     make_folder(target.parent)
     write_bytes(target, text.encode("utf-8"))
     return target
@@ -40,6 +42,12 @@ def write_report(runs: Sequence[str | os.PathLike], out: str | os.PathLike | Non
 
 def page(runs: Sequence[Reading]) -> str:
     """The HTML of one run, or of several side by side."""
+    if len(runs) == 1:
+        return _templates().get_template("run.html").render(one_run(runs[0]))
+    return _templates().get_template("runs.html").render(several_runs(runs))
+
+
+def _templates():
     import jinja2
     from markupsafe import Markup
 
@@ -52,12 +60,10 @@ def page(runs: Sequence[Reading]) -> str:
         lstrip_blocks=True,
     )
     templates.globals.update(
-        {name: getattr(words, name) for name in ("number", "percent", "interval", "plural", "cut")}
+        {name: getattr(words, name) for name in ("number", "percent", "interval", "plural", "cut", "duration")}
     )
     templates.globals.update(draw=lambda chart: Markup(draw(chart)), thinned=thinned)
-    if len(runs) == 1:
-        return templates.get_template("run.html").render(one_run(runs[0]))
-    return templates.get_template("runs.html").render(several_runs(runs))
+    return templates
 
 
 def one_run(run: Reading) -> dict[str, Any]:

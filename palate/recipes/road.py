@@ -1,0 +1,214 @@
+"""The whole road on what comes with the package: text, demonstrations, then DPO beside a reward model and PPO.
+
+Every stage is a verb's own run, its command printed. Both ways start from one fine-tuned model and one file of pairs,
+and PPO samples and trains for about as long as DPO trains; what each took and what came of it ends in one table.
+"""
+
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from palate.recipes.verbs import aligned, number
+
+SHARES = {"pretrain": 0.36, "sft": 0.10, "dpo": 0.14, "reward": 0.10}  # of the time; PPO gets what DPO took
+MOST_REWARD = 76  # steps: two epochs
+SMALL = 32  # texts or demonstrations of a step
+TEXT, FINE = 56, 37  # their mean tokens
+EPISODES, PASSES = 128, 4  # of a rollout
+FEWEST, MOST = 3, 60  # rollouts
+AROUND = 10  # seconds of a command that are no steps: loading, evaluation, saving
+
+
+@dataclass(frozen=True)
+class Way:
+    """What one way from the fine-tuned model to the tuned one took, and what came of it.
+
+    commands: that a user writes. models: in memory at once, in its hungriest stage. samples: drawn from a policy.
+    seconds: of its commands, start-up apart. peak_bytes: the most memory of any of them; None where nobody says.
+    win_rate, low, high: against the fine-tuned model, by the rule. kl: from it, nats a completion. reward: the rule's
+    mean.
+    """
+
+    name: str
+    run: str
+    commands: list[str]
+    models: int
+    samples: int
+    seconds: float
+    peak_bytes: int | None
+    win_rate: float
+    low: float
+    high: float
+    verdict: str
+    kl: float
+    reward: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage that was gone: its command, what its verb returned, its seconds."""
+
+    command: str
+    found: dict[str, Any]
+    seconds: float
+
+
+class Walker:
+    """Goes the stages one by one and says what came out."""
+
+    def __init__(self, config, told, panel):
+        from palate.recipes import compare, ppo, pretrain, reward, sft
+        from palate.recipes.preference import PreferenceConfig
+        from palate.recipes.preference import run as prefer
+
+        self.out, self.told, self.panel, self.seed = Path(config.out), told, panel, config.seed
+        self.recipes: dict[str, tuple[Callable, type]] = {
+            "pretrain": (pretrain.run, pretrain.PretrainConfig),
+            "sft": (sft.run, sft.SftConfig),
+            "dpo": (prefer, PreferenceConfig),
+            "reward": (reward.run, reward.RewardConfig),
+            "ppo": (ppo.run, ppo.PpoConfig),
+            "compare": (compare.run, compare.CompareConfig),
+        }
+
+    def at(self, name: str) -> str:
+        """The folder of a stage."""
+        return str(self.out / name)
+
+    def train(self, verb: str, name: str, steps: int, every: int = 1, **options) -> Stage:
+        """A training verb, evaluated and saved at its end; every: optimizer steps to one of `steps`."""
+        options |= {"steps": steps, "eval_every": steps * every, "save_every": steps * every, "seed": self.seed}
+        if not sys.stderr.isatty():
+            options["log_every"] = -(-steps * every // 3)
+        return self.go(verb, options | {"out": self.at(name)}, panel=self.panel)
+
+    def compare(self, name: str) -> Stage:
+        """A tuned model against the fine-tuned one, by the rule."""
+        from palate.recipes.demo import comparison
+
+        return self.go("compare", comparison(self.at(name), self.at("sft"), self.seed), operands=("contestants",))
+
+    def go(self, verb: str, options: dict[str, Any], **more) -> Stage:
+        """Any verb."""
+        recipe, kind = self.recipes[verb]
+        began = self.told.spent()
+        found = self.told.run(verb, recipe, kind, options, **more)
+        return Stage(self.told.commands[-1], found, self.told.spent() - began)
+
+
+def walk(config, told, argv=(), panel=None) -> dict[str, Any]:
+    """All stages, the table and the page; the result has a row for each way."""
+    from palate import builtin
+    from palate.files import make_folder, write_json
+    from palate.recipes.demo import BATCH, BETA, DATA, HELD, RATE, ROAD_FILE, TOKENS, measure
+    from palate.recipes.demo import MOST as DPO_STEPS
+    from palate.worlds import files
+
+    walker = Walker(config, told, panel)
+    make_folder(walker.out)
+    write_json(walker.out / ROAD_FILE, {"argv": list(argv), "ways": []})
+    pace = measure()
+    seconds = {verb: share * told.seconds for verb, share in SHARES.items()}
+    told.commands.append(shlex.join(["python", "-m", "palate.worlds.files", walker.at("data")]))
+    told.say(f"   $ {told.commands[-1]}")
+    files.main(walker.at("data"))
+    text = walker.out / "data" / "text.jsonl"
+    told.line("text", f"{files.WRITTEN['text']:,} texts of a grammar · {pace.step:.2f} s a step of DPO here")
+
+    start = f"new:{builtin.model_folder('base') / 'config.json'}"
+    steps = max(8, pace.texts(seconds["pretrain"], TEXT) // SMALL)
+    held = str(text.with_name("text-heldout.jsonl"))
+    options = {"model": start, "data": str(text), "eval": held, "batch": SMALL, "lr": 2e-3}
+    base = walker.train("pretrain", "base", steps, **options, train={"warmup_steps": min(50, steps // 4)})
+    told.line("pretrain", base.found["verdict"])
+
+    steps = max(8, min(262, pace.texts(seconds["sft"], FINE) // SMALL))
+    options = {"model": walker.at("base"), "data": "builtin:demonstrations[:2800]", "batch": SMALL, "lr": 5e-4}
+    options |= {"eval": "builtin:demonstrations[2800:]", "train": {"schedule": "cosine", "tokens": TOKENS}}
+    told.line("sft", walker.train("sft", "sft", steps, **options).found["verdict"])
+
+    pairs = {"model": walker.at("sft"), "data": DATA, "eval": HELD, "batch": BATCH}
+    steps = max(8, min(DPO_STEPS, int(seconds["dpo"] / pace.step)))
+    dpo = walker.train("dpo", "dpo", steps, **pairs, beta=BETA, lr=RATE, train={"tokens": TOKENS})
+    told.line("dpo", dpo.found["verdict"])
+
+    steps = max(8, min(MOST_REWARD, int(seconds["reward"] / pace.step)))
+    reward = walker.train("reward", "reward", steps, **pairs, train={"tokens": TOKENS})
+    told.line("reward", reward.found["verdict"])
+    rollouts = max(FEWEST, min(MOST, int((dpo.seconds - AROUND) / pace.rollout(EPISODES, PASSES))))
+    options = {
+        "model": walker.at("sft"),
+        "data": DATA,
+        "eval": "builtin:prompts[300:400]",
+        "reward": walker.at("reward"),
+    }
+    options |= {"batch": EPISODES, "passes": PASSES, "max_tokens": 96, "train": {"tokens": TOKENS}}
+    ppo = walker.train("ppo", "ppo", rollouts, PASSES, **options)
+    told.line("ppo", ppo.found["verdict"])
+
+    ways = [
+        way("DPO", "dpo", [dpo], walker, models=1, samples=0),
+        way("reward model + PPO", "ppo", [reward, ppo], walker, models=4, samples=rollouts * EPISODES + 256),
+    ]
+    return finish(config, told, walker, ways, argv)
+
+
+def way(name: str, run: str, stages: Sequence[Stage], walker: Walker, *, models: int, samples: int) -> Way:
+    """The row of a way, once its model is compared."""
+    from palate.recipes.demo import match_line
+
+    match = walker.compare(run).found
+    walker.told.line("compare", match_line(match))
+    peaks = [stage.found["peak_bytes"] for stage in stages]
+    return Way(
+        name=name,
+        run=run,
+        commands=[stage.command for stage in stages],
+        models=models,
+        samples=samples,
+        seconds=round(sum(stage.seconds for stage in stages), 1),
+        peak_bytes=None if None in peaks else max(peaks),
+        **{key: match[key] for key in ("win_rate", "low", "high", "verdict", "kl", "reward")},
+    )
+
+
+def finish(config, told, walker: Walker, ways: Sequence[Way], argv) -> dict[str, Any]:
+    """The table in a file, on the screen and on the page, and the result object of --json."""
+    from palate.files import write_json
+    from palate.recipes import report
+    from palate.recipes.demo import ROAD_FILE
+
+    record = {"seconds": round(told.spent(), 1), "seed": config.seed, "commands": told.commands}
+    write_json(walker.out / ROAD_FILE, record | {"argv": list(argv), "ways": [asdict(one) for one in ways]})
+    options = {"runs": [config.out]}
+    page = told.run("report", report.run, report.ReportConfig, options, operands=("runs",))["out"]
+    told.line("saved", f"{walker.at('dpo')}/model · {walker.at('ppo')}/model · {page}")
+    first = ways[0]
+    word = "better" if first.low > 0.5 else "not shown to be better"
+    share = f"{first.win_rate:.1%} [{first.low:.1%}, {first.high:.1%}]"
+    last = f"{word}: DPO's model wins {share} of 300 held-out prompts against the fine-tuned one"
+    found = {"out": config.out, "report": page, "better": first.low > 0.5, "exit_code": 0 if first.low > 0.5 else 4}
+    return record | found | {"ways": [asdict(one) for one in ways], "summary": [*table(ways), "", last]}
+
+
+def table(ways: Sequence[Way]) -> list[str]:
+    """The ways as lines of the screen."""
+    head = ["", "win rate", "95 % interval", "KL", "commands", "models", "peak memory", "seconds", "samples drawn"]
+    rows = [
+        [
+            one.name,
+            f"{one.win_rate:.1%}",
+            f"[{one.low:.1%}, {one.high:.1%}]",
+            number(one.kl, ".2f"),
+            str(len(one.commands)),
+            str(one.models),
+            "n/a" if one.peak_bytes is None else f"{one.peak_bytes / 2**30:.2f} GB",
+            f"{one.seconds:.0f}",
+            f"{one.samples:,}",
+        ]
+        for one in ways
+    ]
+    return aligned([head, *rows], right=range(1, len(head)))
