@@ -2,8 +2,8 @@
 
 One reference a seed, one set of pairs drawn from it and labelled by the reward that counts; every setting is a run of
 an ordinary verb, measured on the way. Source: Rafailov et al. 2023, arXiv:2305.18290, section 6.1 and appendix C.1.
-Departs: PPO's coefficient begins where a reward of deviation 1 would have the target KL, and follows it fast enough
-for short runs; best-of-N and RLOO stand beside the paper's methods.
+Departs: PPO's coefficient begins where a normal reward of deviation 1 would have its target KL at the optimum;
+best-of-N and RLOO stand beside the paper's methods.
 """
 
 import gc
@@ -280,19 +280,14 @@ def cells_of(config: FrontierConfig, seed: int, out: Path) -> Iterator[Cell]:
         if method == "rloo":
             options |= {"critic": "none", "group": 4}
         for kl in config.value("target_kls"):
-            yield cell(method, f"target_kl={kl:g}", "ppo", options | {"target_kl": kl} | _steered(config, kl), "ppo")
+            begins = round(1 / math.sqrt(2 * kl), 4)  # where the optimum of a normal reward of deviation 1 has this KL
+            yield cell(method, f"target_kl={kl:g}", "ppo", options | {"target_kl": kl, "kl_coef": begins}, "ppo")
 
 
 def _said_of(config: FrontierConfig, kind: str) -> list[tuple[str, str]]:
     """(key of --options, option of the run) of all that is said of this kind of run."""
     keys = [key for key in config.options if key.startswith(f"{kind}.")]
     return [(key, key.removeprefix(f"{kind}.").replace("-", "_")) for key in keys]
-
-
-def _steered(config: FrontierConfig, target: float) -> dict[str, Any]:
-    """Where the coefficient begins, and how fast it moves: by at most a tenth a rollout."""
-    batch = int(config.options.get("ppo.batch", DEFAULTS[config.world]["options"]["ppo"]["batch"]))
-    return {"kl_coef": round(1 / math.sqrt(2 * target), 4), "kl_horizon": 2 * batch}
 
 
 def _run(config: FrontierConfig, run, cells: dict[int, list[Cell]], argv: list[str], say: Say) -> dict[str, Any]:
