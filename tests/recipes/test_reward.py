@@ -117,6 +117,38 @@ def test_a_true_reward_says_what_is_lost(palate, tmp_path):
         assert palate.code == 2 and said in palate.said and not Path("other").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_in_a_world_that_can_be_listed_it_is_within_a_point_of_bayes(palate, tmp_path, seed):
+    """Oracle 22: 6,000 pairs labelled by a drawn reward; accuracy and loss over all pairs there are, none left out."""
+    from palate.model.reward import load_reward, rewards
+    from palate.worlds import enumerable
+
+    world = enumerable.World(3, 3, 2)
+    table, truth = world.language(seed), world.reward(seed)
+    drawn = world.pairs(table, truth, 6000, seed)
+    data = [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in drawn]
+    palate.ok(
+        "reward",
+        model=f"new:{world.write_start(tmp_path / 'start', spread=0.15)}",
+        data=write_rows(tmp_path / "pairs.jsonl", data),
+        eval="none",
+        out="run",
+        seed=seed,
+        epochs=4,
+        lr=1e-2,
+        train__schedule="cosine",
+        train__tokens=4096,
+        device="cpu",
+    )
+    model = load_reward("run").model
+    rows = [[*prompt, *ids] for prompt in world.prompt_ids.tolist() for ids in world.completion_ids.tolist()]
+    learnt = np.reshape(rewards(model, rows), (world.prompts, world.size)) * model.config.reward_scale
+    found = enumerable.ordered(table, truth, learnt)
+    assert (found["best_accuracy"] - found["accuracy"]).mean() < 0.01
+    assert 0 < (found["loss"] - found["floor"]).mean() < 0.02
+
+
 def test_margins_of_the_data(palate, tiny, tmp_path):
     rows = [row | {"margin": n % 4} for n, row in enumerate(pairs(24))]
     data = write_rows(tmp_path / "data.jsonl", rows)

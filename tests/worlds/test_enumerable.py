@@ -380,6 +380,34 @@ def test_chosen_sides_follow_it():
     assert counts / 40_000 == pytest.approx(np.exp(enumerable.preferred(ref, reward))[0], abs=0.01)
 
 
+# oracle 22
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 0.5])
+def test_what_a_learnt_reward_is_worth_by_all_pairs(case, sharpness):
+    world, ref, reward, _ = case
+    learnt = reward + np.random.default_rng(2).normal(size=reward.shape)
+    learnt[:, 1] = learnt[:, 0]  # a tie
+    found = enumerable.ordered(ref, reward, learnt, sharpness)
+    for p in range(world.prompts):
+        sums, mass = dict.fromkeys(found, 0.0), 0.0
+        for a, b in itertools.permutations(range(world.size), 2):
+            weight = math.exp(ref[p, a] + ref[p, b])
+            mass += weight
+            chance = 1 / (1 + math.exp(sharpness * (reward[p, b] - reward[p, a])))
+            said = 1 / (1 + math.exp(learnt[p, b] - learnt[p, a]))
+            sums["accuracy"] += weight * (0.5 if said == 0.5 else chance if said > 0.5 else 1 - chance)
+            sums["best_accuracy"] += weight * max(chance, 1 - chance)
+            sums["loss"] -= weight * (chance * math.log(said) + (1 - chance) * math.log(1 - said))
+            sums["floor"] -= weight * (chance * math.log(chance) + (1 - chance) * math.log(1 - chance))
+        assert {name: values[p] for name, values in found.items()} == pytest.approx(
+            {name: total / mass for name, total in sums.items()}, abs=1e-9
+        )
+    own = enumerable.ordered(ref, reward, sharpness * reward + 7.0, sharpness)
+    assert own["accuracy"] == pytest.approx(own["best_accuracy"]) and own["loss"] == pytest.approx(own["floor"])
+    assert (found["accuracy"] < own["accuracy"]).all() and (found["loss"] > found["floor"]).all()
+
+
 # the tokenizer
 
 
