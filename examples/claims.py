@@ -114,6 +114,8 @@ def show(rows) -> str:
             f"{r['length']['after']:.0f} | {r['models']} | {r['peak_bytes'] / 2**30:.2f} GB | {r['seconds']:.0f} | "
             f"{r['samples']:,} |"
         )
+    if not all(ways.values()):
+        return "\n".join(lines) + "\n"
     lines += ["", "| for that, | " + " | ".join(ways) + " |", "|---|---|---|"]
     for what, cell in CLAIMS.items():
         lines.append(f"| {what} | " + " | ".join(cell(found, grids[kind]) for kind, found in ways.items()) + " |")

@@ -40,7 +40,8 @@ class Outcome:
     row_losses: per unit, for naming rows; nan where a log-prob is not finite, whatever the loss makes of it.
     log_ratio: (S,) policy minus reference of every completion, nats, for the check at the start, and length: (S,) their
     scored tokens. start_losses: per unit, the loss if the policy were the reference, where there is one.
-    margins: (P,) of pairs of rewards, in the order of the batch.
+    margins: (P,) of pairs of rewards, in the order of the batch. hits: of shares, by their metric's name, whether each
+    pair counts: (P,) bool, in the order of `sources`.
     """
 
     loss: Tally
@@ -50,6 +51,7 @@ class Outcome:
     length: Tensor | None = None
     start_losses: Tensor | None = None
     margins: Tensor | None = None
+    hits: dict[str, Tensor] = field(default_factory=dict)
     sources: tuple[Any, ...] = ()
 
 
@@ -128,9 +130,11 @@ class Pairwise(_Loss):
         values = losses.LOSSES[self.name](columns, **self.options)
         total = scored.total.detach()
         ratio = total if reference is None else total - reference
+        metrics, hits = pair_metrics(total, scored.length, better, worse, reference, self._rewards)
         return Outcome(
             loss=Tally(values.sum(), batch.units),
-            metrics=pair_metrics(total, scored.length, better, worse, reference, self._rewards),
+            metrics=metrics,
+            hits=hits,
             row_losses=_marked(values, ratio[better], ratio[worse]),
             log_ratio=None if reference is None else ratio,
             length=scored.length,
@@ -157,9 +161,11 @@ class Ranked(_Loss):
         best, worst = (torch.cat([order[:, end] for order in batch.orders]) for end in (0, -1))
         total = scored.total.detach()
         ratio = total if reference is None else total - reference
+        metrics, hits = pair_metrics(total, scored.length, best, worst, reference, self._rewards)
         return Outcome(
             loss=Tally(values.sum(), batch.units),
-            metrics=pair_metrics(total, scored.length, best, worst, reference, self._rewards),
+            metrics=metrics,
+            hits=hits,
             row_losses=_marked(values, torch.cat([ratio[order].sum(1) for order in batch.orders])),
             log_ratio=None if reference is None else ratio,
             length=scored.length,
@@ -277,6 +283,7 @@ class Rewards(_Loss):
             },
             row_losses=_marked(values, chosen, rejected),
             margins=margin,
+            hits={"rewards/accuracies": margin > 0},
             sources=tuple(batch.batch.sources[i] for i in batch.chosen.tolist()),
         )
 
@@ -391,28 +398,28 @@ def completion_nll(numerics: "Numerics | None" = None) -> Imitation:
     return objective("completion_nll", numerics)
 
 
-def pair_metrics(total, length, better, worse, reference, rewards) -> dict[str, Tally]:
-    """Tallies of a batch of pairs under their public names; a tie in margin is not accurate, and has its own share.
+def pair_metrics(total, length, better, worse, reference, rewards) -> tuple[dict[str, Tally], dict[str, Tensor]]:
+    """(tallies, hits of shares) of a batch of pairs under their public names; a tie in margin is not accurate, and has
+    its own share.
 
     total, length, reference: (S,). better, worse: (P,) indices. rewards: (total, reference, length) -> (S,).
     """
     values = rewards(total, reference, length)
     margin = values[better] - values[worse]
+    hits = {"rewards/accuracies": margin > 0, "logps/accuracies": total[better] > total[worse]}
     metrics = {
         "rewards/chosen": _tally(values[better]),
         "rewards/rejected": _tally(values[worse]),
         "rewards/margins": _tally(margin),
-        "rewards/accuracies": _tally(margin > 0),
         "rewards/ties": _tally(margin == 0),
         "logps/chosen": _tally(total[better]),
         "logps/rejected": _tally(total[worse]),
-        "logps/accuracies": _tally(total[better] > total[worse]),
         "length/chosen": _tally(length[better]),
         "length/rejected": _tally(length[worse]),
     }
     if reference is not None:
         metrics["displaced"] = _tally(total[better] < reference[better])
-    return metrics
+    return metrics | {name: _tally(found) for name, found in hits.items()}, hits
 
 
 def _marked(values: Tensor, *ratios: Tensor) -> Tensor:
