@@ -443,6 +443,8 @@ python examples/built_in_world.py control
 python examples/overtrained.py --work runs/overtrained
 python examples/halving.py --work runs/halving
 python examples/claims.py --work runs/claims
+python examples/ppo_world.py --work runs/ppo
+python examples/sentiment_ppo.py --model SmolLM2-135M-Instruct --data-dir "$PALATE_TEST_DATA" --work runs/sentiment
 ```
 """
 
@@ -598,6 +600,8 @@ SHOWN = {
     "retention": show_by("overtrained"),
     "halving": show_by("halving"),
     "claims": show_by("claims"),
+    "ppo": show_by("ppo_world"),
+    "sentiment": show_by("sentiment_ppo"),
 }
 SECTIONS = {"scores": scores, "train": train, "reload": reload, "kills": kills}
 

@@ -198,12 +198,8 @@ def held_out(line: dict[str, Any]) -> str:
 
 
 def health(line: dict[str, Any]) -> list[str]:
-    """How a policy-gradient step goes, in a few numbers; none of other steps. A KL below zero is pointed at."""
-    if "policy/clipped" not in line:
-        return []
-    parts = [f"{name} {number(key, line[key])}" for key, name in _HEALTH if key in line]
-    kl = line.get("kl")
-    return [*parts, "(KL below zero)"] if isinstance(kl, int | float) and kl < -0.1 else parts
+    """How a policy-gradient step goes, in a few numbers; none of other steps."""
+    return [f"{name} {number(key, line[key])}" for key, name in _HEALTH if key in line and "policy/clipped" in line]
 
 
 def number(key: str, value: Any) -> str:

@@ -134,12 +134,10 @@ def test_clock():
 def test_the_health_of_a_policy_gradient(monkeypatch):
     line = {"step": 3, "loss": 0.1, "reward": 1.25, "reward/total": 1.2, "kl": 0.5, "kl_coef": 0.1}
     line |= {"policy/clipped": 0.125, "value/explained": 0.31, "ended": 1.0}
-    expected = "reward 1.25  less KL 1.2  KL 0.5  clipped 12%  explained 0.31  ended 100%"
-    for changes, words in [({}, expected), ({"kl": -0.5}, "ended 100%  (KL below zero)")]:
-        for stream in (io.StringIO(), Terminal()):
-            with make_panel(10, stream) as panel:
-                panel(line | changes)
-            assert words.removeprefix("reward 1.25  " if stream.isatty() else "") in stream.getvalue()
+    for stream in (io.StringIO(), Terminal()):
+        with make_panel(10, stream) as panel:
+            panel(line)
+        assert "less KL 1.2  KL 0.5  clipped 12%  explained 0.31  ended 100%" in stream.getvalue()
     stream = io.StringIO()
     with make_panel(10, stream) as panel:
         panel({"step": 1, "loss": 0.5, "kl": 0.2})  # of KTO

@@ -66,8 +66,8 @@ class PpoConfig(TrainingConfig):
         "rloo"
     )
     steps: Annotated[int | None, Field(gt=0, description="Rollouts; wins over epochs")] = None
-    epochs: Annotated[int, Field(gt=0, description="Passes over the prompts, each sampled anew")] = 1
-    batch: Annotated[int, Field(gt=0, description="Episodes per rollout")] = 64
+    epochs: Annotated[int, Field(gt=0, description="Passes over the prompts, each sampled anew")] = 8
+    batch: Annotated[int, Field(gt=0, description="Episodes per rollout; published runs: 512")] = 256
     passes: Annotated[int, Field(ge=1, description="Passes over the episodes of a rollout")] = 4
     minibatches: Annotated[int, Field(ge=1, description="Optimizer steps per pass")] = 1
     max_tokens: Annotated[int, Field(ge=1, description="Tokens of a completion")] = 64
