@@ -29,7 +29,7 @@ from palate.errors import (
 from palate.recipes import preference, sft
 from palate.recipes.grid import cells_of, nearest, where_of
 from palate.recipes.standings import HIGHER, LOWER, Cell, as_text, draw, in_order, ranking, table_lines
-from palate.recipes.training import MAY_CHANGE, Paused, TrainingConfig, open_folder, resolved
+from palate.recipes.training import MAY_CHANGE, Paused, TrainingConfig, open_folder, reported, resolved
 from palate.recipes.verbs import Say, stderr
 
 PART = 3  # halving may cost one part in so many of the full grid's steps
@@ -153,6 +153,8 @@ def run(config, *, verb: str = "sweep dpo", argv=(), say: Say = stderr, panel=No
         ) as run:
             result = _sweep(config, run, inner, cells, argv, say)
             run.finish(result)
+        if config.report:
+            result["summary"].append(f"report     {reported(out)}")
     except (Interrupted, KeyboardInterrupt) as error:
         interrupted = Interrupted(str(getattr(error, "what", "interrupted")), next=go_on)
         interrupted.result = {"out": str(out)}

@@ -1,7 +1,7 @@
 """The page: read the run folders, choose what to show, fill the templates, write one file."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from palate.report.curves import likelihood_charts, overlaid_charts, progress_ch
 from palate.report.episodes import episodes
 from palate.report.reading import Reading, read_run
 from palate.report.road import is_road, road
+from palate.report.sweep import is_sweep, sweep
 from palate.report.verdict import banner, tiles, verdict
 
 MARK = b"<!-- made by palate report -->"
@@ -30,11 +31,11 @@ def write_report(runs: Sequence[str | os.PathLike], out: str | os.PathLike | Non
     paths = [Path(run) for run in runs]
     if not paths:
         raise UsageError("a report needs a run", code="E300", next="name a run folder; palate runs list names them")
-    gone = len(paths) == 1 and is_road(paths[0])
-    readings = [] if gone else [read_run(path) for path in paths]
+    whole = _whole(paths[0]) if len(paths) == 1 else None
+    readings = [] if whole else [read_run(path) for path in paths]
     target = Path(out) if out is not None else (paths[0] if len(paths) == 1 else Path()) / "report.html"
     _refuse_other(target)
-    text = _templates().get_template("road.html").render(road(paths[0])) if gone else page(readings)
+    text = whole(paths[0]) if whole else page(readings)
     make_folder(target.parent)
     write_bytes(target, text.encode("utf-8"))
     return target
@@ -45,6 +46,15 @@ def page(runs: Sequence[Reading]) -> str:
     if len(runs) == 1:
         return _templates().get_template("run.html").render(one_run(runs[0]))
     return _templates().get_template("runs.html").render(several_runs(runs))
+
+
+def _whole(path: Path) -> Callable[[Path], str] | None:
+    """What makes the page of a folder that holds several runs and what they came to; None for a run's folder."""
+    if is_road(path):
+        return lambda path: _templates().get_template("road.html").render(road(path))
+    if is_sweep(path):
+        return lambda path: _templates().get_template("sweep.html").render(sweep(path))
+    return None
 
 
 def _templates():
