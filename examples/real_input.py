@@ -442,6 +442,8 @@ python examples/built_in_world.py demo     # this one and those below need nothi
 python examples/built_in_world.py control
 python examples/overtrained.py --work runs/overtrained
 python examples/halving.py --work runs/halving
+python examples/frontier.py enumerable --work runs/frontier
+python examples/frontier.py reviews --work runs/frontier
 python examples/claims.py --work runs/claims
 python examples/ppo_world.py --work runs/ppo
 python examples/sentiment_ppo.py --model SmolLM2-135M-Instruct --data-dir "$PALATE_TEST_DATA" --work runs/sentiment
@@ -602,6 +604,7 @@ SHOWN = {
     "claims": show_by("claims"),
     "ppo": show_by("ppo_world"),
     "sentiment": show_by("sentiment_ppo"),
+    "frontier": show_by("frontier"),
 }
 SECTIONS = {"scores": scores, "train": train, "reload": reload, "kills": kills}
 

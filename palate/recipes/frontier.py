@@ -30,22 +30,22 @@ BY_REWARD_MODEL = {"ppo", "rloo", "best_of_n"}
 # what is not given, by world; `options` are those of the runs
 DEFAULTS: dict[str, dict[str, Any]] = {
     "enumerable": {
-        "betas": [0.25, 0.5, 1.0, 2.0],
-        "target_kls": [0.5, 1.0, 2.0, 4.0],
+        "betas": [0.1, 0.25, 0.5, 1.0],
+        "target_kls": [0.25, 0.5, 1.0, 2.0],
         "alphas": [0.05, 0.1, 0.5, 1.0],
         "best_of": [2, 4, 16, 64],
-        "pairs": 20_480,
+        "pairs": 6144,
         "sharpness": 1.0,
-        "steps": 80,
-        "rollouts": 60,
-        "at": [0.5, 1.0, 2.0, 4.0],
+        "steps": 24,
+        "rollouts": 20,
+        "at": [0.25, 0.5, 1.0, 2.0],
         "options": {
             "reference": {"batch": 256, "lr": 5e-3, "train": {"schedule": "cosine"}},
             "reward": {"batch": 256, "lr": 3e-3, "train": {"schedule": "cosine"}},
             "dpo": {"batch": 256, "lr": 5e-3, "train": {"schedule": "cosine"}},
             "unlikelihood": {"batch": 256, "lr": 1e-3},
             "preferred_ft": {"batch": 256, "lr": 3e-3},
-            "ppo": {"batch": 256, "lr": 3e-3, "max_tokens": 5, "missing_end": "keep"},
+            "ppo": {"batch": 64, "lr": 3e-3, "max_tokens": 5, "missing_end": "keep"},
         },
     },
     "reviews": {
@@ -125,7 +125,7 @@ class FrontierConfig(BaseModel):
     rollouts: Annotated[
         int | None, Field(gt=0, description="Of ppo, ppo_true and rloo; default: 40, enumerable 60")
     ] = None
-    points: Annotated[int, Field(gt=0, description="Points of each run, at even distances, the last at its end")] = 5
+    points: Annotated[int, Field(gt=0, description="Points of each run, at even distances, the last at its end")] = 4
     max_tokens: Annotated[int, Field(gt=0, description="Tokens of a completion")] = 64
     at: Annotated[
         list[Rising] | None,
@@ -342,7 +342,7 @@ def _seed(config: FrontierConfig, out: Path, seed: int, cells: list[Cell], argv,
             counts = config.value("best_of")
             best = best or (dict(zip(counts, ground.best_of(counts), strict=True)) if not _is_done(folder) else {})
             _noted(folder, cell, partial(best.get, cell.config))
-        elif cell.verb == "reward":
+        elif cell.method in ("reference", "reward"):
             _train(cell, out, argv)
         else:
             steps = cell.config.steps
