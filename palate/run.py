@@ -367,7 +367,7 @@ def _parsed(path: Path, lines: list[bytes]) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):  # deep nesting
             row = None
         if not isinstance(row, dict):
             raise CheckpointError(

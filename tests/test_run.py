@@ -324,3 +324,12 @@ def test_logging_a_thousand_lines_is_quick(tmp_path):
             run.log({"step": step, "loss": 0.5, "rewards/margins": 0.25})
         assert time.perf_counter() - began < 5
         assert len(run.metrics()) == 1000
+
+
+@pytest.mark.parametrize("line", [b"[1]", b"{", b"[" * 100_000])
+def test_a_log_line_that_is_no_object_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b"\n")
+    with pytest.raises(CheckpointError, match="not a JSON object") as caught:
+        read_lines(path)
+    assert caught.value.where == f"{path}:2"
