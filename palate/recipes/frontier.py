@@ -9,7 +9,7 @@ best-of-N and RLOO stand beside the paper's methods.
 import gc
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,15 +17,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from palate.errors import DataError, Interrupted, ModelError, NotFiniteError, PalateError, UsageError
-from palate.recipes import ppo, preference, reward, sft
-from palate.recipes.grid import filled, nearest, paths
+from palate.recipes.cells import VERBS, Cell, cells_of, is_done, points_of, refuse_above
 from palate.recipes.grounds import Drawn, ground_of
 from palate.recipes.hulls import METHODS, Method, draw, standings, table_lines
-from palate.recipes.training import MAY_CHANGE, TrainingConfig, Watch, open_folder, resolved
+from palate.recipes.training import MAY_CHANGE, Watch, open_folder, resolved
 from palate.recipes.verbs import Say, stderr
 
 Rising = Annotated[float, Field(gt=0, lt=math.inf)]
-BY_REWARD_MODEL = {"ppo", "rloo", "best_of_n"}
 
 # what is not given, by world; `options` are those of the runs
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -94,11 +92,14 @@ class FrontierConfig(BaseModel):
     ]
     betas: Annotated[
         list[Rising] | None,
-        Field(min_length=1, description="Of dpo; default: 0.05,0.1,0.5,2, enumerable 0.25,0.5,1,2"),
+        Field(min_length=1, description="Of dpo; default: 0.05,0.1,0.5,2, enumerable 0.1,0.25,0.5,1"),
     ] = None
     target_kls: Annotated[
         list[Rising] | None,
-        Field(min_length=1, description="Of ppo, ppo_true, rloo, nats; default: 1,2,4,8, enumerable 0.5,1,2,4"),
+        Field(min_length=1, description="Of ppo and its kin, nats; default: 1,2,4,8, enumerable 0.25,0.5,1,2"),
+    ] = None
+    true_kls: Annotated[
+        list[Rising] | None, Field(min_length=1, description="Of ppo_true, where others than --target-kls are wanted")
     ] = None
     alphas: Annotated[
         list[Annotated[float, Field(ge=0, le=1)]] | None,
@@ -113,17 +114,17 @@ class FrontierConfig(BaseModel):
         Field(ge=0, description="Completions of each prompt, to make pairs of; 0: the pairs of --data; default: 4"),
     ] = None
     pairs: Annotated[
-        int | None, Field(gt=0, description="Pairs to learn from, at most; default: 4096, enumerable 20480")
+        int | None, Field(gt=0, description="Pairs to learn from, at most; default: 4096, enumerable 6144")
     ] = None
     sharpness: Annotated[
         float | None,
         Field(gt=0, description="Labels say sigmoid(sharpness x gap); default: inf, without error; enumerable 1"),
     ] = None
     steps: Annotated[
-        int | None, Field(gt=0, description="Optimizer steps of what learns from pairs; default: 60, enumerable 80")
+        int | None, Field(gt=0, description="Optimizer steps of what learns from pairs; default: 60, enumerable 24")
     ] = None
     rollouts: Annotated[
-        int | None, Field(gt=0, description="Of ppo, ppo_true and rloo; default: 40, enumerable 60")
+        int | None, Field(gt=0, description="Of ppo, ppo_true and rloo; default: 40, enumerable 20")
     ] = None
     points: Annotated[int, Field(gt=0, description="Points of each run, at even distances, the last at its end")] = 4
     max_tokens: Annotated[int, Field(gt=0, description="Tokens of a completion")] = 64
@@ -149,7 +150,7 @@ class FrontierConfig(BaseModel):
         if self.world == "enumerable" and (given := [name for name in OWN if getattr(self, name) is not None]):
             what = "has no effect in the enumerable world, which has its own"
             raise UsageError(what, where=given[0], code="E316", next="drop it, or leave --world out")
-        for name in ("methods", "betas", "target_kls", "alphas", "best_of", "at"):
+        for name in ("methods", "betas", "target_kls", "true_kls", "alphas", "best_of", "at"):
             values = getattr(self, name) or []
             if len(set(values)) < len(values):
                 raise UsageError("has one value twice", where=name, code="E302", next="keep one")
@@ -163,32 +164,12 @@ class FrontierConfig(BaseModel):
     def value(self, name: str) -> Any:
         """What is given, or the default of the world."""
         found = getattr(self, name)
-        return DEFAULTS[self.world].get(name) if found is None else found
-
-
-@dataclass
-class Cell:
-    """A method with a setting on a seed. verb, config: of its run; nothing is trained without, config is the n then."""
-
-    method: str
-    setting: str
-    seed: int
-    verb: str | None = None
-    config: Any = None
-    error: str | None = None
+        return self.defaults.get(name) if found is None else found
 
     @property
-    def name(self) -> str:
-        """Its folder."""
-        return ",".join(filter(None, (self.method, self.setting, f"seed={self.seed}")))
-
-
-VERBS: dict[str, tuple[type[TrainingConfig], Callable]] = {
-    "sft": (sft.SftConfig, sft.run),
-    "reward": (reward.RewardConfig, reward.run),
-    "dpo": (preference.PreferenceConfig, preference.run),
-    "ppo": (ppo.PpoConfig, ppo.run),
-}
+    def defaults(self) -> dict[str, Any]:
+        """Those of the world."""
+        return DEFAULTS[self.world]
 
 
 def run(config: FrontierConfig, *, verb: str = "frontier", argv=(), say: Say = stderr, panel=None) -> dict[str, Any]:
@@ -228,66 +209,6 @@ def run(config: FrontierConfig, *, verb: str = "frontier", argv=(), say: Say = s
 def seeds_of(config: FrontierConfig) -> range:
     """The seeds."""
     return range(config.seed, config.seed + config.seeds)
-
-
-def cells_of(config: FrontierConfig, seed: int, out: Path) -> Iterator[Cell]:
-    """The cells of a seed: the reference, the reward model, then each method's, with the configs of their runs.
-
-    Raises UsageError naming the cell whose options cannot be.
-    """
-    ground = ground_of(config, seed, out)
-    pairs: dict[str, Any] = {"model": ground.model, "data": ground.pairs, "steps": config.value("steps")}
-    silent: dict[str, Any] = {"retain": "none", "retain_samples": 0}
-
-    def cell(method: str, setting: str, verb: str, options: dict[str, Any], kind: str | None = None) -> Cell:
-        found = Cell(method, setting, seed, verb)
-        common = {"eval": "none", "report": False, "samples": 0, "seed": seed, "device": config.device}
-        base = common | options | DEFAULTS[config.world]["options"].get(kind or method, {})
-        # what is said of ppo is said of its kin, unless they say otherwise
-        given = {name: key for kin in (kind or method, method) for key, name in _said_of(config, kin)}
-        for name, key in given.items():
-            if name not in (takes := paths(VERBS[verb][0])):
-                raise UsageError("no such option", where=f"options.{key}", code="E301", next=nearest(name, takes))
-        where = ", ".join(f"options.{key}" for key in given.values()) or None
-        mine = {name: config.options[key] for name, key in given.items()}
-        found.config = filled(VERBS[verb][0], base, mine, f"cell {found.name}", where)
-        if verb == "dpo":
-            try:
-                preference.check_loss(found.config, verb)
-            except UsageError as error:
-                what = f"cell {found.name}: {error.what}"
-                raise UsageError(what, where=error.where, code=error.code, next=error.next) from None
-        return found
-
-    if ground.made_from is not None:
-        yield cell("reference", "", "sft", ground.made_from)
-    yield Cell("sft", "", seed)
-    if BY_REWARD_MODEL & {*config.methods}:
-        yield cell("reward", "", "reward", pairs | {"eval": ground.held_pairs})
-    for beta in config.value("betas") if "dpo" in config.methods else ():
-        yield cell("dpo", f"beta={beta:g}", "dpo", pairs | silent | {"beta": beta})
-    for alpha in config.value("alphas") if "unlikelihood" in config.methods else ():
-        loss = {"loss": "unlikelihood", "loss_options": {"alpha": alpha}}
-        yield cell("unlikelihood", f"alpha={alpha:g}", "dpo", pairs | silent | loss)
-    if "preferred_ft" in config.methods:
-        yield cell("preferred_ft", "", "sft", pairs)
-    if "best_of_n" in config.methods:
-        yield from (Cell("best_of_n", f"n={n}", seed, config=n) for n in config.value("best_of"))
-    for method in [method for method in ("ppo", "ppo_true", "rloo") if method in config.methods]:
-        judge = ground.reward if method == "ppo_true" else ground.reward_model
-        options = {"model": ground.model, "data": ground.prompts, "reward": judge}
-        options |= {"steps": config.value("rollouts"), "max_tokens": config.max_tokens}
-        if method == "rloo":
-            options |= {"critic": "none", "group": 4}
-        for kl in config.value("target_kls"):
-            begins = round(1 / math.sqrt(2 * kl), 4)  # where the optimum of a normal reward of deviation 1 has this KL
-            yield cell(method, f"target_kl={kl:g}", "ppo", options | {"target_kl": kl, "kl_coef": begins}, "ppo")
-
-
-def _said_of(config: FrontierConfig, kind: str) -> list[tuple[str, str]]:
-    """(key of --options, option of the run) of all that is said of this kind of run."""
-    keys = [key for key in config.options if key.startswith(f"{kind}.")]
-    return [(key, key.removeprefix(f"{kind}.").replace("-", "_")) for key in keys]
 
 
 def _run(config: FrontierConfig, run, cells: dict[int, list[Cell]], argv: list[str], say: Say) -> dict[str, Any]:
@@ -340,24 +261,24 @@ def _seed(config: FrontierConfig, out: Path, seed: int, cells: list[Cell], argv,
             start = _noted(folder, cell, ground.at_start)
         elif cell.method == "best_of_n":
             counts = config.value("best_of")
-            best = best or (dict(zip(counts, ground.best_of(counts), strict=True)) if not _is_done(folder) else {})
+            best = best or (dict(zip(counts, ground.best_of(counts), strict=True)) if not is_done(folder) else {})
             _noted(folder, cell, partial(best.get, cell.config))
-        elif cell.method in ("reference", "reward"):
+        elif cell.lends:
             _train(cell, out, argv)
         else:
             steps = cell.config.steps
             _train(cell, out, argv, watch=Watch(ground.measure, -(-steps // config.points), start))
-        points = _points(out, cells, drawn)
+        points = points_of(out, cells, drawn)
         mine = [point for point in points if point["cell"] == cell.name]
         say(f"frontier: {cell.name}: {_shown(cell, mine)}")
-        _refuse_above(points)
+        refuse_above(points)
         yield points, curve
 
 
 def _train(cell: Cell, out: Path, argv: list[str], **watched) -> None:
     """The cell's run, from where it stands; what ends a run and is no fault of the others' is kept in `error`."""
     path = out / "cells" / cell.name
-    if _is_done(path):
+    if is_done(path):
         return
     assert cell.verb is not None
     config = cell.config.model_copy(update={"out": str(path), "resume": True})
@@ -366,88 +287,23 @@ def _train(cell: Cell, out: Path, argv: list[str], **watched) -> None:
     except Interrupted as error:
         raise Interrupted(f"cell {cell.name}: {error.what}", next=error.next) from error
     except (NotFiniteError, DataError, ModelError) as error:
-        if cell.method in ("reference", "reward"):
+        if cell.lends:
             raise
         cell.error = str(error)
     gc.collect()  # the model of this cell, before the next one's
-
-
-def _is_done(path: Path) -> bool:
-    from palate.run import status_of
-
-    return (path / "run.json").exists() and status_of(path) == "done"
 
 
 def _noted(path: Path, cell: Cell, measure: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
     """The numbers of a cell that trains nothing, measured once and kept in a run folder as any cell's are."""
     from palate.run import Run, read_lines
 
-    if not _is_done(path):
+    if not is_done(path):
         what = {"method": cell.method, "setting": cell.setting, "seed": cell.seed}
         with Run.create(path, verb="frontier", config=what, resume=True) as run:
             run.rewind(0)
             run.log({"step": 0} | (measure() or {}))
     (line,) = read_lines(path / "metrics.jsonl")
     return {key: value for key, value in line.items() if key.startswith("eval/")}
-
-
-def _points(out: Path, cells: list[Cell], drawn: Drawn) -> list[dict[str, Any]]:
-    """Every evaluated checkpoint of the cells, from their folders: the same whether they ran now or before.
-
-    seconds: for the pairs, the reward model, the reference's scores, and of the steps with what they sampled; not for
-    measuring and saving. samples: completions drawn for all that; of best-of-N also the N of one answer.
-    """
-    from palate.files import read_json
-    from palate.run import read_lines
-
-    def lines(cell: Cell) -> list[dict[str, Any]]:
-        return read_lines(out / "cells" / cell.name / "metrics.jsonl")
-
-    def scoring(cell: Cell) -> float:
-        path = out / "cells" / cell.name / "run.json"
-        result = (read_json(path).get("result") or {}) if path.exists() else {}
-        return result.get("reference_seconds", 0.0)
-
-    rewarding = sum(
-        line["seconds"] for cell in cells if cell.verb == "reward" for line in lines(cell) if "loss" in line
-    )
-    scored = max((scoring(cell) for cell in cells if cell.verb == "dpo"), default=0.0)
-    points = []
-    for cell in cells:
-        if cell.method in ("reference", "reward"):
-            continue
-        seconds = 0.0 if cell.method in ("sft", "ppo_true") else drawn.seconds
-        seconds += rewarding if cell.method in BY_REWARD_MODEL else 0.0
-        seconds += scored if cell.method == "dpo" else 0.0
-        samples = 0 if cell.method in ("sft", "ppo_true") else drawn.samples
-        samples += cell.config if cell.method == "best_of_n" else 0
-        for line in lines(cell):
-            seconds += line["seconds"] if "loss" in line else 0.0
-            if line.get("eval/reward") is None or line.get("eval/kl") is None or (cell.verb and not line["step"]):
-                continue
-            points.append(
-                {
-                    "method": cell.method,
-                    "setting": cell.setting,
-                    "seed": cell.seed,
-                    "step": line["step"],
-                    "reward": line["eval/reward"],
-                    "kl": line["eval/kl"],
-                    "seconds": round(seconds, 3),
-                    "samples": samples + _sampled(cell, line["step"]),
-                    "exact_reward": line.get("eval/best_reward"),
-                    **{name: line[f"eval/{name}"] for name in ("reward_low", "reward_high", "kl_low", "kl_high")},
-                    "cell": cell.name,
-                }
-            )
-    return points
-
-
-def _sampled(cell: Cell, step: int) -> int:
-    """Completions that a run has drawn by itself until this optimizer step."""
-    if cell.verb != "ppo":
-        return 0
-    return cell.config.batch * -(-step // (cell.config.passes * cell.config.minibatches))
 
 
 def _shown(cell: Cell, points: list[dict[str, Any]]) -> str:
@@ -459,18 +315,6 @@ def _shown(cell: Cell, points: list[dict[str, Any]]) -> str:
     return f"reward {last['reward']:.3f} at KL {last['kl']:.2f}, {last['seconds']:.0f} s, {last['samples']:,} samples"
 
 
-def _refuse_above(points: list[dict[str, Any]]) -> None:
-    """Nothing, unless a point lies above the exact frontier: then PalateError, for that is a wrong KL or reward."""
-    from palate.evaluation.frontier import check_below
-
-    for point in check_below(points):
-        what = (
-            f"step {point['step']} has reward {point['reward']:.9f} at KL {point['kl']:.9f}, where no policy has more "
-            f"than {point['exact_reward']:.9f}"
-        )
-        raise PalateError(what, where=point["cell"], next="report it: the KL or the reward is computed wrongly")
-
-
 def _write(config: FrontierConfig, out: Path, cells, points, exact) -> None:
     from palate.files import write_json
 
@@ -479,7 +323,7 @@ def _write(config: FrontierConfig, out: Path, cells, points, exact) -> None:
         {
             "name": cell.name,
             "path": f"cells/{cell.name}",
-            "done": _is_done(out / "cells" / cell.name),
+            "done": is_done(out / "cells" / cell.name),
             "error": cell.error,
         }
         for row in cells.values()

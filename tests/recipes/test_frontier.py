@@ -9,7 +9,8 @@ from runs_kit import pairs, tree, write_rows
 
 from palate.errors import PalateError
 from palate.recipes import frontier, hulls
-from palate.recipes.frontier import Cell, FrontierConfig, cells_of
+from palate.recipes.cells import Cell, cells_of, points_of, refuse_above
+from palate.recipes.frontier import FrontierConfig
 from palate.recipes.grounds import Drawn
 from palate.run import Run
 from palate.worlds import enumerable
@@ -65,9 +66,9 @@ def test_a_world_of_its_own_and_options_of_the_runs():
     assert found["dpo,beta=0.25,seed=0"].model == "f/cells/reference,seed=0"
     assert found["rloo,target_kl=1,seed=0"].lr == 1e-3 and found["rloo,target_kl=1,seed=0"].passes == 2
     assert "reward,seed=0" in found and not any(name.startswith(("ppo", "best")) for name in found)
-    config = FrontierConfig(world="enumerable", methods=["ppo_true"])
+    config = FrontierConfig(world="enumerable", methods=["ppo_true"], true_kls=[1.0])
     found = {cell.name: cell.config for cell in cells_of(config, 3, Path("f"))}
-    assert found["ppo_true,target_kl=1,seed=3"].reward == "enumerable:3" and "reward,seed=3" not in found
+    assert found["ppo_true,target_kl=1,seed=3"].reward == "enumerable:3" and len(found) == 3  # reference, sft and it
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def test_seconds_and_samples_are_those_of_the_whole_way(tmp_path):
                 if step % 2 == 0:
                     run.log({"step": step} | numbers)
             run.finish({"reference_seconds": 3.0 if "beta=2" in name else 0.25})
-    found = frontier._points(tmp_path, [cells[name] for name in picked], Drawn(5, 100, 7.0))
+    found = points_of(tmp_path, [cells[name] for name in picked], Drawn(5, 100, 7.0))
     spent = {(p["cell"].removesuffix(",seed=0"), p["step"]): (p["seconds"], p["samples"]) for p in found}
     assert spent == {
         ("sft", 0): (0, 0),
@@ -161,9 +162,9 @@ def test_the_plot_is_always_the_same(tmp_path):
 
 
 def test_a_point_above_the_exact_frontier_is_a_bug():
-    frontier._refuse_above([point(reward=1.0, exact=1.0)])
+    refuse_above([point(reward=1.0, exact=1.0)])
     with pytest.raises(PalateError, match="no policy has more") as raised:
-        frontier._refuse_above([point(reward=1.0, exact=0.999)])
+        refuse_above([point(reward=1.0, exact=0.999)])
     assert raised.value.exit_code == 1 and raised.value.where == "dpo,beta=1,seed=0"
 
 
