@@ -118,7 +118,10 @@ class FrontierConfig(BaseModel):
     ] = None
     sharpness: Annotated[
         float | None,
-        Field(gt=0, description="Labels say sigmoid(sharpness x gap); default: inf, without error; enumerable 1"),
+        Field(
+            gt=0,
+            description="Labels follow sigmoid(it x gap); inf never errs, and is the default; enumerable 1",
+        ),
     ] = None
     steps: Annotated[
         int | None, Field(gt=0, description="Optimizer steps of what learns from pairs; default: 60, enumerable 24")
@@ -166,6 +169,10 @@ class FrontierConfig(BaseModel):
         found = getattr(self, name)
         return self.defaults.get(name) if found is None else found
 
+    def filled(self) -> "FrontierConfig":
+        """The same with nothing left to the world, as config.yaml has it."""
+        return self.model_copy(update={name: self.value(name) for name in self.defaults if name != "options"})
+
     @property
     def defaults(self) -> dict[str, Any]:
         """Those of the world."""
@@ -180,6 +187,7 @@ def run(config: FrontierConfig, *, verb: str = "frontier", argv=(), say: Say = s
     """
     from palate.run import Run
 
+    config = config.filled()
     out, ended = open_folder(config, verb, say)
     if ended is not None:
         return ended
@@ -318,18 +326,15 @@ def _shown(cell: Cell, points: list[dict[str, Any]]) -> str:
 def _write(config: FrontierConfig, out: Path, cells, points, exact) -> None:
     from palate.files import write_json
 
-    curves = [{"seed": seed, "curve": curve} for seed, curve in exact.items()]
-    states = [
-        {
-            "name": cell.name,
-            "path": f"cells/{cell.name}",
-            "done": is_done(out / "cells" / cell.name),
-            "error": cell.error,
-        }
-        for row in cells.values()
-        for cell in row
-    ]
-    table = {"world": config.world, "seeds": list(cells), "points": points, "exact": curves, "cells": states}
+    every = [(cell, f"cells/{cell.name}") for row in cells.values() for cell in row]
+    table = {
+        "world": config.world,
+        "seeds": list(cells),
+        "at": config.value("at"),
+        "points": points,
+        "exact": [{"seed": seed, "curve": curve} for seed, curve in exact.items()],
+        "cells": [{"name": c.name, "path": p, "done": is_done(out / p), "error": c.error} for c, p in every],
+    }
     write_json(out / "frontier.json", table)
 
 

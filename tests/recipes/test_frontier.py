@@ -92,6 +92,17 @@ def test_what_cannot_be_is_refused_before_anything_is_written(palate, given, wor
     assert not Path("f").exists()
 
 
+def test_what_is_left_to_the_world_is_written_down(tmp_path):
+    from palate.config import fill, to_yaml
+
+    for world in ("reviews", "enumerable"):
+        config = FrontierConfig(world=world, betas=[3.0]).filled()
+        assert config.betas == [3.0] and config.steps is not None and len(config.target_kls) == 4
+        (tmp_path / "config.yaml").write_text(to_yaml(config))
+        assert fill(FrontierConfig, {}, tmp_path / "config.yaml")[0] == config
+    assert FrontierConfig().filled().sharpness == math.inf and FrontierConfig().filled().model == "builtin:tiny"
+
+
 def test_the_plan_is_said_and_nothing_written(palate):
     found = palate.ok("frontier", **SMALL, seed=4, seeds=2, dry_run=True, out="f")
     assert found["cells"][:3] == ["reference,seed=4", "sft,seed=4", "reward,seed=4"] and len(found["cells"]) == 2 * 11
@@ -218,6 +229,7 @@ def test_the_world_that_can_be_listed_killed_and_resumed(palate, monkeypatch):
     assert enumerable.expected_reward(model, world.reward(5)).mean() == pytest.approx(last["reward"], abs=1e-6)
     assert Path("f/frontier.svg").exists() and result["table"][0]["method"] == "exact"
     assert palate.ok("frontier", *OPTIONS, **SMALL, seed=5, out="f", resume=True)["points"] == result["points"]
+    assert len(palate.ok("frontier", config="f/config.yaml", dry_run=True, out="g")["cells"]) == 11
     palate("frontier", *OPTIONS, **SMALL, seed=6, out="f", resume=True)
     assert palate.code == 3 and "seed was 5, now 6" in palate.said
 
