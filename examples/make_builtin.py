@@ -108,7 +108,7 @@ def main() -> int:
     runs = {name: args.out / name for name in held}
     new = ["--model", f"new:{start(args.out)}", "--data", text, "--eval", held["base"]]
     results = {
-        "base": palate("sft", "-c", CONFIGS / "base.yaml", *new, "--out", runs["base"]),
+        "base": palate("pretrain", "-c", CONFIGS / "base.yaml", *new, "--out", runs["base"]),
         "tiny": palate("sft", "-c", CONFIGS / "tiny.yaml", "--model", runs["base"], "--out", runs["tiny"]),
     }
     same = True
