@@ -13,6 +13,7 @@ from palate.report.charts import draw
 from palate.report.completions import completions
 from palate.report.curves import likelihood_charts, overlaid_charts, progress_charts, retention_charts, thinned
 from palate.report.episodes import episodes
+from palate.report.frontier import frontier, is_frontier
 from palate.report.reading import Reading, read_run
 from palate.report.road import is_road, road
 from palate.report.sweep import is_sweep, sweep
@@ -50,10 +51,10 @@ def page(runs: Sequence[Reading]) -> str:
 
 def _whole(path: Path) -> Callable[[Path], str] | None:
     """What makes the page of a folder that holds several runs and what they came to; None for a run's folder."""
-    if is_road(path):
-        return lambda path: _templates().get_template("road.html").render(road(path))
-    if is_sweep(path):
-        return lambda path: _templates().get_template("sweep.html").render(sweep(path))
+    kinds = (("road", is_road, road), ("sweep", is_sweep, sweep), ("frontier", is_frontier, frontier))
+    for name, is_one, shown in kinds:
+        if is_one(path):
+            return lambda path: _templates().get_template(f"{name}.html").render(shown(path))
     return None
 
 

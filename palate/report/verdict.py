@@ -39,7 +39,7 @@ def verdict(run: Reading) -> Verdict:
             comparison_sentence(found),
             interval=None if None in bar else bar,
             ends=(f"{found.b} preferred", f"{found.a} preferred"),
-            more=(f"The run's own verdict, from held-out data: {_full(own)}",) if own else (),
+            more=(f"The run's own verdict, from held-out data: {full(own)}",) if own else (),
         )
     if run.status != "done":
         return Verdict(run.status.capitalize(), "broken", "There is no verdict: the run did not come to its end.")
@@ -47,13 +47,13 @@ def verdict(run: Reading) -> Verdict:
         return Verdict("", "open", "The run recorded no verdict.")
     word, rest = words.verdict_parts(own)
     if word is None:
-        return Verdict("", "open", _full(own))
+        return Verdict("", "open", full(own))
     key = "eval/rewards/accuracies"
     bar = tuple(run.after.get(f"{key}{end}") for end in ("", "_low", "_high"))
     return Verdict(
         word.capitalize(),
         _TONES.get(word, "open"),
-        _full(rest),
+        full(rest),
         interval=None if None in bar else bar,
         ends=("rejected preferred", "chosen preferred"),
     )
@@ -116,7 +116,7 @@ def tiles(run: Reading) -> list[Tile]:
     return made
 
 
-def _full(sentence: str) -> str:
-    """With a capital and a full stop."""
+def full(sentence: str) -> str:
+    """A sentence with a capital and a full stop."""
     sentence = sentence.strip()
     return f"{sentence[:1].upper()}{sentence[1:]}{'' if sentence.endswith('.') else '.'}"
