@@ -20,7 +20,7 @@ from palate.errors import DataError, Interrupted, ModelError, NotFiniteError, Pa
 from palate.recipes.cells import VERBS, Cell, cells_of, is_done, points_of, refuse_above
 from palate.recipes.grounds import Drawn, ground_of
 from palate.recipes.hulls import METHODS, Method, draw, standings, table_lines
-from palate.recipes.training import MAY_CHANGE, Watch, open_folder, resolved
+from palate.recipes.training import MAY_CHANGE, Watch, open_folder, reported, resolved
 from palate.recipes.verbs import Say, stderr
 
 Rising = Annotated[float, Field(gt=0, lt=math.inf)]
@@ -204,6 +204,7 @@ def run(config: FrontierConfig, *, verb: str = "frontier", argv=(), say: Say = s
         ) as run:
             result = _run(config, run, cells, list(argv), say)
             run.finish(result)
+        result["summary"].append(f"report     {reported(out)}")
     except (Interrupted, KeyboardInterrupt) as error:
         interrupted = Interrupted(str(getattr(error, "what", "interrupted")), next=go_on)
         interrupted.result = {"out": str(out)}

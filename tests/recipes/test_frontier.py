@@ -227,7 +227,7 @@ def test_the_world_that_can_be_listed_killed_and_resumed(palate, monkeypatch):
     last = [p for p in found["points"] if p["cell"] == "dpo,beta=0.5,seed=5"][-1]
     assert enumerable.sequence_kl(model, reference).mean() == pytest.approx(last["kl"], abs=1e-6)
     assert enumerable.expected_reward(model, world.reward(5)).mean() == pytest.approx(last["reward"], abs=1e-6)
-    assert Path("f/frontier.svg").exists() and result["table"][0]["method"] == "exact"
+    assert "<svg" in Path("f/report.html").read_text() and result["table"][0]["method"] == "exact"
     assert palate.ok("frontier", *OPTIONS, **SMALL, seed=5, out="f", resume=True)["points"] == result["points"]
     assert len(palate.ok("frontier", config="f/config.yaml", dry_run=True, out="g")["cells"]) == 11
     palate("frontier", *OPTIONS, **SMALL, seed=6, out="f", resume=True)
