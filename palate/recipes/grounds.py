@@ -148,6 +148,7 @@ class Sampled:
         from palate.data.sources import read_prompts
         from palate.data.tokens import end_tokens
         from palate.model.load import load
+        from palate.recipes.compare import check_prompts
         from palate.recipes.verbs import with_own_tokenizer
         from palate.sampling.judge import open_judge
 
@@ -155,9 +156,11 @@ class Sampled:
         self.judge = open_judge(self.reward, device=self.config.device)
         self.judge.require_scores("reward")
         self.ends = bool(end_tokens(self.loaded.tokenizer))
-        self.asked = self._asked(read_prompts(self.config.value("prompts")))
+        held, trained = (read_prompts(self.config.value(name)) for name in ("prompts", "data"))
+        if self.reward == "rule":
+            check_prompts(self.judge, [*held, *trained])
+        self.asked, self.trained = self._asked(held), self._asked(trained)
         known = {ask.text for ask in self.asked}
-        self.trained = self._asked(read_prompts(self.config.value("data")))
         if shared := sum(ask.text in known for ask in self.trained):
             say(f"prompts: {shared} of {len(self.trained)} prompts of --data are held out too, in --prompts")
 

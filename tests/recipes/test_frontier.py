@@ -244,6 +244,8 @@ def test_anyones_model_and_reward(palate, tiny, tmp_path):
     more = ["--methods", "dpo,best_of_n,ppo_true,sft", "--options", "ppo.batch=4,dpo.batch=4,reward.batch=4"]
     palate("frontier", *more, **options, prompts="builtin:prompts[:10]", data=data, model=tiny, out="f")
     assert palate.code == 3 and "template" in palate.said and not Path("f").exists()
+    palate("frontier", *more, **options | {"reward": "rule"}, prompts=data, data=data, model=tiny, out="f")
+    assert palate.code == 3 and "E235" in palate.said and not Path("f").exists()
     palate("frontier", *more, **options, prompts=data, data=data, model=tiny, max_tokens=4, out="f")
     assert palate.code == 2 and "none of 48 samples ended within 4 tokens" in palate.said
     options |= {"data": "builtin:reviews[:10]", "prompts": "builtin:prompts[:10]"}
