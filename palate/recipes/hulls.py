@@ -11,7 +11,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 # colours that the colour-blind tell apart: Okabe and Ito 2008
 _INKS = ("#0072b2", "#d55e00", "#e69f00", "#cc79a7", "#009e73", "#a6a6a6", "#56b4e9", "#000000")
 INKS = dict(zip(METHODS, _INKS, strict=True))
-MARKS = dict(zip(METHODS, "os^vD.Pp", strict=True))
+MARKS = dict(zip(METHODS, "os^vDXP*", strict=True))
 Exact = Mapping[int, Sequence[tuple[float, float]]]  # the curve of each seed
 
 
