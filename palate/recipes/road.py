@@ -145,7 +145,7 @@ def walk(config, told, argv=(), panel=None) -> dict[str, Any]:
         "eval": "builtin:prompts[300:400]",
         "reward": walker.at("reward"),
     }
-    options |= {"batch": EPISODES, "passes": PASSES, "max_tokens": 96, "train": {"tokens": TOKENS}}
+    options |= {"batch": EPISODES, "passes": PASSES, "max_tokens": 96, "kl_coef": 0.2, "train": {"tokens": TOKENS}}
     ppo = walker.train("ppo", "ppo", rollouts, PASSES, **options)
     told.line("ppo", ppo.found["verdict"])
 
