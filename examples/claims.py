@@ -29,13 +29,13 @@ def palate(verb: str, out: Path, *words: object) -> dict:
     """The result of a verb in a new process, as --json prints it, with its seconds; kept beside --out."""
     kept = out.with_name(out.name + ".json")
     if not kept.exists():
-        line = [sys.executable, "-c", "import sys; from palate.cli import main; sys.exit(main(sys.argv[1:]))"]
-        told = subprocess.run(
-            [*line, verb, *map(str, words), "--out", out, "--json"], stdout=subprocess.PIPE, text=True
-        )
+        line = [sys.executable, "-c", "import sys; from palate.cli import main; sys.exit(main(sys.argv[1:]))", verb]
+        line += [*map(str, words), "--out", str(out), "--json", *(["--resume"] if verb != "compare" else [])]
+        began = spent()
+        told = subprocess.run(line, stdout=subprocess.PIPE, text=True)
         if told.returncode:
             sys.exit(f"{out} did not come to its end")
-        kept.write_text(told.stdout.splitlines()[-1])
+        kept.write_text(json.dumps(json.loads(told.stdout.splitlines()[-1]) | {"seconds": spent() - began}))
     return json.loads(kept.read_text()) | {"words": len(words) // 2}
 
 
