@@ -203,16 +203,18 @@ ABOUT = {
     "among them, reaches within a KL: mean of the seeds [lowest, highest]. *hull*: its mean up to the largest of these "
     "KLs. Seconds and samples: of a run, in the mean, with all that it needs (pairs, reward model, scores of the "
     "reference), without measuring.",
-    "enumerable": "`python examples/frontier.py enumerable`: 7,776 completions of 4 prompts, a Llama of 35 thousand "
+    "enumerable": "`python examples/frontier.py enumerable`: 7,776 completions of 4 prompts, a Llama of 33 thousand "
     "weights; reward and KL are by enumeration, and no policy gets more than *exact*. Each seed draws another language "
     "and another reward (mean 0, deviation 1 over all completions). 6,144 pairs, labelled with noise after Bradley and "
     "Terry at temperature 1; DPO and its kin take 24 steps of 256 pairs, PPO 12 rollouts of 64 episodes, 4 passes. "
-    "Where a method has one seed, there was no time for more.",
+    "Seeds 1 and 2 went without PPO by the true reward, RLOO and Unlikelihood, to save time.",
     "reviews": "`python examples/frontier.py reviews`: `builtin:tiny`, the world's rule as reward (from -17 to 3), "
     "measured on one sample of each of 100 held-out prompts at temperature 1 (standard error about 0.2). Pairs: 4 "
     "samples of each of 150 prompts, 640 pairs of them that differ in reward, the better one chosen. DPO and its kin "
     "take 20 steps of 32 pairs (one pass), the reward model 40 (two passes), PPO 6 rollouts of 64 episodes, 4 passes, "
-    "its critic a head on the policy: a small budget for all, on two shared cores. The KL of best-of-N is its bound.",
+    "its critic a head on the policy: a small budget for all, on two shared cores. The KL of best-of-N is its bound. "
+    "On the pilot seed, with 20 steps of 64 pairs out of 1,567, DPO at beta 0.5 gained 1.25 at KL 2.4, PPO with the "
+    "true reward 0.70 at KL 0.9.",
 }
 
 
