@@ -121,7 +121,7 @@ def ppo(args, data: Path) -> tuple[Path, dict]:
         "training_seconds": sum(line["seconds"] for line in lines),
         "peak_bytes": result["peak_bytes"],
         "health": result["health"],
-        "training_reward": [lines[0]["reward"], lines[-1]["reward"]],
+        "training_reward": [sum(line["reward"] for line in part) / 20 for part in (lines[:20], lines[-20:])],
         "clipped": sum(line["policy/clipped"] for line in lines) / len(lines),
         "explained": lines[-1]["value/explained"],
     }
@@ -195,10 +195,11 @@ def show(rows) -> str:
         f"The judge, naive Bayes on half of sentiment_sentences (right on {first['accuracy']:.1%} of the other half),",
         "is the reward: log-odds of a warm text, with mean 0 and deviation 1 over real sentences. PPO: 30 rollouts of",
         "32 episodes, a value head on the policy's trunk. DPO: 300 pairs of samples of the starting model, the",
-        f"better-judged one chosen. Both with LoRA of rank {RANK}. Score: mean over {first['held']} openings that",
-        "neither saw (another seed of sampling than in training), bootstrap interval; the rise is paired. KL: sampled,",
-        "nats a completion, from the start. Seconds: of sampling and training, without start-up and comparison.",
-        "Memory: the process's own peak.",
+        f"better-judged one chosen, once over. Both with LoRA of rank {RANK}, rate 2e-4, bfloat16 matmuls. Nothing was",
+        "tuned, and PPO takes 120 steps where DPO takes 19: this shows that both work, not which is better. Score:",
+        f"mean over {first['held']} openings that neither saw (another seed of sampling than in training), with a bootstrap",
+        "interval; the rise is paired. KL: sampled, nats a completion, from the start. Seconds: of sampling and",
+        "training, without start-up and comparison. Memory: the process's own peak.",
         "",
         "| method | seed | score before | after | rise | win rate | KL | samples drawn | seconds | memory |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -217,7 +218,7 @@ def show(rows) -> str:
                 "",
                 f"PPO's health (seed {r['seed']}): {said}; {r['clipped']:.0%} of the tokens clipped, explained "
                 f"variance {r['explained']:.2f} at the end, reward in training {r['training_reward'][0]:+.2f} to "
-                f"{r['training_reward'][1]:+.2f}.",
+                f"{r['training_reward'][1]:+.2f} (the first and the last five rollouts).",
             ]
     for r in rows:
         one = {key: " ".join(value.split()) for key, value in r["example"].items()}
