@@ -152,6 +152,11 @@ def row_of(world: str, found: dict, seeds: list[int]) -> dict:
         "points": len(found["points"]),
         "ends": shown,
         "checks": {text: [bool(check(found, seed)) for seed in seeds] for text, check in CHECKS[world].items()},
+        "shares": {
+            method: [share(found, seed, 1.0, method) for seed in seeds]
+            for method in ("dpo", "ppo", "best_of_n")
+            if found["exact"]
+        },
         "seconds": sum(p["seconds"] for p in last),
     }
 
@@ -189,6 +194,11 @@ def show(rows) -> str:
                 lines.append(
                     f"| {NAMES[method]}, {setting.replace('_', ' ').replace('=', ' ')} | {' | '.join(values)} |"
                 )
+        if row["shares"]:
+            parts = [
+                f"{NAMES[name]} {', '.join(f'{one:.0%}' for one in row['shares'][name])}" for name in row["shares"]
+            ]
+            lines += ["", f"Of what any policy can gain within KL 1, on each seed: {'; '.join(parts)}."]
         lines += [*(["", f"Failed: {row['failed']}."] if row["failed"] else []), "", *told(row), ""]
     return "\n".join(lines)
 
