@@ -201,6 +201,22 @@ def test_it_goes_to_the_exact_optimum(mode, palate, tiny, tmp_path, rewarded):
     assert missing(policy) > 0 and missing(policy) < 0.15 * missing(ref)
 
 
+@pytest.mark.slow
+def test_it_gains_on_the_built_in_world(palate):
+    """Four rollouts with what stands by default: the rule's mean, about -0.9, rises by more than chance would have it.
+
+    Without a critic, which is half the price; examples/ppo_world.py has them all, and more rollouts.
+    """
+    options = dict(model="builtin:tiny", data="builtin:prompts[300:]", eval="builtin:prompts[:300]", reward="rule")
+    options |= dict(out="run", critic="none", group=4, steps=4, samples=0, device="cpu", eval_every=4)
+    result = palate.ok("ppo", **options)
+    table = [line for line in metrics("run") if "loss" in line]
+    assert table[-1]["reward"] - table[0]["reward"] > 0.4 and table[-1]["reward/total"] > table[0]["reward/total"]
+    assert result["better"], result["verdict"]
+    assert 0.2 < result["after"]["eval/kl"] < 3 and result["after"]["eval/ended"] > 0.95
+    assert result["health"] == []
+
+
 def test_a_reward_model_rewards_and_begins_the_critic(palate, tiny, tmp_path):
     data = write_rows(tmp_path / "pairs.jsonl", pairs(16))
     palate.ok("reward", model=tiny, data=data, out="rm", batch=4, steps=2, device="cpu", lr=1e-3, normalise=16)
