@@ -31,7 +31,7 @@ def episodes(run: Reading) -> Episodes | None:
         Chart("reward", "Reward", "mean score of a completion", _rewards(run)),
         Chart("kl", "KL from the start", "nats a completion", _both(run, "kl"), level=0),
     ]
-    if len({value for _, value in series(run.steps, "kl_coef")}) > 1:
+    if len({f"{value:.6g}" for _, value in series(run.steps, "kl_coef")}) > 1:  # means of equal numbers are not equal
         progress.append(Chart("coefficient", "KL coefficient", "reward a nat", _one(run, "kl_coef")))
     charts = [
         Chart("clipped", "Tokens clipped", "share of the tokens", _one(run, "policy/clipped"), level=MOST_CLIPPED),
