@@ -482,6 +482,8 @@ python examples/frontier.py reviews --work runs/frontier
 python examples/claims.py --work runs/claims
 python examples/ppo_world.py --work runs/ppo
 python examples/sentiment_ppo.py --model SmolLM2-135M-Instruct --data-dir "$PALATE_TEST_DATA" --work runs/sentiment
+python examples/reward_truth.py listed --work runs/truth
+python examples/reward_truth.py reviews --work runs/truth
 ```
 """
 
@@ -661,6 +663,7 @@ SHOWN = {
     "ppo": show_by("ppo_world"),
     "sentiment": show_by("sentiment_ppo"),
     "frontier": show_by("frontier"),
+    "reward": show_by("reward_truth"),
 }
 SECTIONS = {"scores": scores, "train": train, "reload": reload, "kills": kills, "pretrain": pretrain}
 

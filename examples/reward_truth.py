@@ -1,0 +1,175 @@
+"""How near does a reward model come to the truth that labelled its pairs? Two worlds where the truth is known.
+
+    python examples/reward_truth.py listed --work FOLDER [--seeds 0 1 2]
+    python examples/reward_truth.py reviews --work FOLDER [--seeds 0 1 2] [--pairs 2400 19200]
+
+listed: a world of two prompts and 64 completions each, a small model from nothing, and what it is worth over all
+pairs there are. reviews: `builtin:tiny` on pairs of the built-in world, as many as asked for, held to the rule on 2,000
+fresh pairs of other requests. Runs that are in the folder already are gone on with, or read.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+LISTED = {"lr": 1e-2, "batch": 64}
+LISTED_SHAPE = (4, 3, 2)  # symbols, length, prompts
+REVIEWS = {"lr": 1e-3, "batch": 32, "eval-every": 10_000, "save-every": 300}
+COMMON = {"train.schedule": "cosine", "train.tokens": 4096, "device": "cpu", "log-every": 100}
+HELD = 2000  # fresh pairs of the requests that are sealed for holding out, behind the 300 that ship
+POINT = 0.01
+
+
+def reward(out: Path, options: dict) -> dict:
+    """run.json's result of a finished `palate reward`, and the seconds of its steps."""
+    from palate.cli import main as palate
+
+    given = COMMON | options | {"out": out}
+    words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+    if palate(["reward", *words, "--resume"]) != 0:
+        sys.exit(f"{out} did not come to its end")
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    seconds = sum(line.get("seconds", 0) for line in lines)
+    return json.loads((out / "run.json").read_text())["result"] | {"seconds": seconds}
+
+
+def write(path: Path, rows) -> Path:
+    """The rows as a JSONL file, unless it is there."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def listed(seed: int, count: int, work: Path) -> dict:
+    """One drawn reward and language of the world; the seed draws both, the pairs and the model."""
+    from palate.model.reward import load_reward, rewards
+    from palate.worlds.enumerable import World, ordered
+
+    world, place = World(*LISTED_SHAPE), work / f"listed-{count}-{seed}"
+    table, truth = world.language(seed), world.reward(seed)
+    pairs = world.pairs(table, truth, count, seed)
+    data = write(
+        place / "pairs.jsonl", ({"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs)
+    )
+    start = place / "start"
+    if not start.exists():
+        world.write_start(start, spread=0.15)
+    passes = 3 if count <= 16_000 else 2
+    options = LISTED | {"epochs": passes, "model": f"new:{start}", "data": data, "eval": "none", "seed": seed}
+    found = reward(place / "run", options)
+    model = load_reward(place / "run").model
+    rows = [[*prompt, *ids] for prompt in world.prompt_ids.tolist() for ids in world.completion_ids.tolist()]
+    learnt = np.reshape(rewards(model, rows), (world.prompts, world.size)) * model.config.reward_scale
+    exact = {name: float(values.mean()) for name, values in ordered(table, truth, learnt).items()}
+    return {
+        "best": exact["best_accuracy"],
+        "lost": exact["best_accuracy"] - exact["accuracy"],
+        "floor": exact["floor"],
+        "excess": exact["loss"] - exact["floor"],
+        "steps": found["steps"],
+        "seconds": found["seconds"],
+    }
+
+
+def reviews(seed: int, count: int, work: Path) -> dict:
+    """The built-in world: the first 2,400 pairs are those that ship; the seed is that of head and order."""
+    from palate.worlds import files
+
+    def behind(rows, first: int):
+        return (row for number, row in enumerate(rows) if number >= first)
+
+    data = write(work / f"reviews-{count}.jsonl", files.pairs("reviews", count))
+    held = write(work / "heldout.jsonl", behind(files.pairs("heldout", 300 + HELD), 300))
+    passes = 4 if count <= 2400 else 1
+    options = REVIEWS | {
+        "epochs": passes,
+        "model": "builtin:tiny",
+        "data": data,
+        "eval": held,
+        "truth": "rule",
+        "seed": seed,
+    }
+    found = reward(work / f"reviews-{count}-{seed}", options)
+    after = found["after"]
+    row = {name: after[f"eval/truth/{name}"] for name in ("lost", "lost_low", "lost_high", "excess")}
+    row |= {"best": after["eval/truth/accuracy"], "floor": after["eval/truth/loss"]}
+    row |= {"accuracy": after["eval/rewards/accuracies"], "loss": after["eval/loss"]}
+    row |= {"slope": after["eval/calibration_slope"], "curve": after["eval/calibration"]}
+    return row | {"steps": found["steps"], "seconds": found["seconds"]}
+
+
+def show(rows) -> str:
+    """The section of the page."""
+    lines = [
+        "## Reward models beside the truth",
+        "",
+        "`palate reward` on pairs that a known reward labelled after Bradley and Terry. *Best*: the accuracy of",
+        "the truth itself, E max(p, 1 - p), which no model beats in the mean; *lost*: points of accuracy below it;",
+        "*floor*: E H(p), nats; *excess*: loss above it. None of them has the labels' noise in it: a pair counts with",
+        "the probability of its labels. *Slope* of calibration: 1 is as sure as it may be.",
+        "",
+        "*listed*: a world of two prompts with 64 completions each; each seed draws another reward, language, data and",
+        "model, a Llama of 30,000 parameters from nothing. The numbers are exact, over all pairs there are. 16,000",
+        "pairs are seen three times, 48,000 twice.",
+        "",
+        f"*reviews*: `builtin:tiny` (857,000 parameters) and the world's rule, on {HELD:,} fresh pairs of other",
+        "requests, with the 95 % interval over these; the first 2,400 pairs are `builtin:reviews`, seen four times,",
+        "the further ones come from the same writers and labeller and are seen once. Batch 32, rate 1e-3, cosine,",
+        "after a pilot (seed 100, 1,000 other held-out pairs, 4,800 pairs seen once): at batch 64 rate 2e-4 lost",
+        "25.1 points and 3e-3 17.1; at batch 16 1e-3 lost 11.2 and 2e-3 16.8; at batch 8 7e-4 lost 12.3; from",
+        "`builtin:base`, at batch 16 and 1e-3, 11.0. Of the rule's parts, feeling alone would lose 8.3 points, all",
+        "but grammar 2.9, all but topic 1.8.",
+        "In that pilot's pairs the model of 19,200 pairs weighs feeling by 0.52 of its true weight, grammar by 0.02",
+        "and topic by 0.04: it has learnt the first of the three alone. How many pairs it takes to come within a",
+        "point was not found.",
+        "",
+        "| world | pairs | seed | steps | best | lost, points | floor | excess | held-out accuracy | slope | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in sorted(rows, key=lambda r: (r["data"], r["kind"], r["seed"])):
+        spread = f" [{100 * r['lost_low']:.1f}, {100 * r['lost_high']:.1f}]" if "lost_low" in r else ""
+        found = (f"{r['accuracy']:.1%}", f"{r['slope']:.2f}") if "slope" in r else ("", "")
+        lines.append(
+            f"| {r['data']} | {r['kind']:,} | {r['seed']} | {r['steps']:,} | {r['best']:.1%} | "
+            f"{100 * r['lost']:.2f}{spread} | {r['floor']:.4f} | {r['excess']:.4f} | {found[0]} | {found[1]} | "
+            f"{r['seconds']:,.0f} |"
+        )
+    for name in ("listed", "reviews"):
+        if mine := [row for row in rows if row["data"] == name]:
+            most = max(row["kind"] for row in mine)
+            near = [row["lost"] < POINT for row in mine if row["kind"] == most]
+            lines += [
+                "",
+                f"*{name}*, {most:,} pairs: within one point of the best in {sum(near)} of {len(near)} seeds.",
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    """One world on each seed and number of pairs; exit 4 where most of them leave more than a point."""
+    import real_input
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("world", choices=["listed", "reviews"])
+    parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--pairs", nargs="*", type=int, help="numbers of pairs to learn from")
+    parser.add_argument("--out", type=Path, default=Path("docs/results.md"), help="page to write; rows lie beside it")
+    args = parser.parse_args()
+    args.quick, wrong = False, 0
+    keep = real_input.keeper(args, "reward")
+    counts = args.pairs or {"listed": [16_000, 48_000], "reviews": [2400, 19_200]}[args.world]
+    for count in counts:
+        for seed in args.seeds:
+            found = {"listed": listed, "reviews": reviews}[args.world](seed, count, args.work)
+            keep({"data": args.world, "kind": count, "seed": seed} | found)
+            wrong += count == max(counts) and found["lost"] > POINT
+    return 4 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
