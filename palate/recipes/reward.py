@@ -13,11 +13,12 @@ from pydantic import Field, model_validator
 
 from palate.errors import UsageError
 from palate.recipes.normalise import as_groups, draw, moments
-from palate.recipes.plan import dry_run
+from palate.recipes.plan import auto_rate, dry_run
 from palate.recipes.training import Ending, TrainingConfig, open_folder, prepare, train
 from palate.recipes.verbs import number, stderr
 
 SAMPLES = "normalise.json"
+SMALL, SMALL_RATE = 10e6, 1e-3  # parameters below which a reward model is learnt at this rate
 
 
 class RewardConfig(TrainingConfig):
@@ -87,6 +88,7 @@ def run(
         lambda numerics: reward("bradley_terry", numerics, margin=config.margin, centring=config.centring),
         usable=lambda group: "pairs without signal" if without_signal(group) else None,
         say=say,
+        rate_of=learning_rate,
         built=partial(with_head, config, watched),
     )
     check_margins(config, [*prepared.rows.train, *prepared.rows.held])
@@ -121,6 +123,16 @@ def read(config: RewardConfig, watched: Watched, data: str):
     if watched.truth is not None:
         watched.records |= {str(record.source): record for record in records}
     return records
+
+
+def learning_rate(config: RewardConfig, parameters: int) -> tuple[float, str]:
+    """As elsewhere, but for small models: their head and what it reads are learnt anew, which a low rate never does.
+
+    On 4,800 pairs of the built-in world 1e-3 leaves 15 points to the truth, 2e-4 leaves 25 and 3e-3 leaves 17.
+    """
+    if config.lr == "auto" and parameters < SMALL and not config.lora_rank:
+        return SMALL_RATE, "a reward model under 10 M parameters"
+    return auto_rate(config, parameters)
 
 
 def with_head(config: RewardConfig, watched: Watched, loaded):

@@ -192,3 +192,14 @@ def test_a_finished_run_is_left_alone_and_its_page_can_be_written(palate, tiny, 
     palate.ok("report", "run")
     palate("generate", model="run", data=data, out="out.jsonl")
     assert palate.code == 3
+
+
+def test_small_models_learn_at_a_higher_rate():
+    from palate.recipes.reward import RewardConfig, learning_rate
+
+    config = RewardConfig(model="m", data="d")
+    rate, reason = learning_rate(config, 857_000)
+    assert rate == 1e-3 and "reward model" in reason
+    assert learning_rate(config, 135_000_000)[0] == 5e-6
+    assert learning_rate(config.model_copy(update={"lr": 0.5}), 857_000) == (0.5, "as given")
+    assert learning_rate(config.model_copy(update={"lora_rank": 4}), 857_000)[0] == pytest.approx(2e-3)
