@@ -103,16 +103,15 @@ def show(rows) -> str:
     ways = {kind: [r for r in rows if r["kind"] == kind] for kind in ("DPO", "reward model + PPO")}
     grids = {kind: [r for r in rows if r["kind"] == f"{kind}, other rate"] for kind in ways}
     lines = [
-        "## What DPO spares, at one win rate",
+        "## What DPO spares, beside a reward model and PPO",
         "",
-        "`builtin:tiny` and the 2,400 pairs of `builtin:reviews`: `palate dpo` (60 steps of 64 pairs, beta 0.5),",
-        f"beside `palate reward` (2 epochs) and `palate ppo` against it (rollouts of {EPISODES}, coefficient 0.2,",
-        "chosen on seed 100 as its rates were). A model wins by the",
-        "world's rule against the start on 300 prompts at temperature 0.7; ties count half. PPO goes 10 rollouts,",
-        "and 20 from the start again where it then wins less often than DPO on that seed. Seconds: of the",
-        "processor, of the commands that count, start-up included, without a run that fell short. Memory: the peak of",
-        "the hungriest command; at this size the libraries are most of it. Models: in memory at once while training,",
-        "DPO's reference being scored before it.",
+        "`builtin:tiny` and the 2,400 pairs of `builtin:reviews`: `palate dpo` (60 steps of 64 pairs, beta 0.5), beside",
+        f"`palate reward` (2 epochs) and `palate ppo` against it (rollouts of {EPISODES}). PPO's coefficient, 0.2, and",
+        "the reward model's rate were chosen on seed 100. A model wins by the world's rule against the start on 300",
+        "prompts at temperature 0.7; ties count half. PPO goes 10 rollouts, and 20 from the start again where it then",
+        "wins less often than DPO on that seed. Seconds: of the processor, of the commands that count, start-up",
+        "included, without a run that fell short. Memory: the peak of the hungriest command; at this size the libraries",
+        "are most of it. Models: in memory at once while training, DPO's reference being scored before it.",
         "",
         "| seed | way | rollouts | win rate | KL | true reward | tokens | models | peak memory | seconds | samples |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -126,7 +125,7 @@ def show(rows) -> str:
         )
     if not all(ways.values()):
         return "\n".join(lines) + "\n"
-    lines += ["", "| for that, | " + " | ".join(ways) + " |", "|---|---|---|"]
+    lines += ["", "| over the seeds | " + " | ".join(ways) + " |", "|---|---|---|"]
     for what, cell in CLAIMS.items():
         lines.append(f"| {what} | " + " | ".join(cell(found, grids[kind]) for kind, found in ways.items()) + " |")
     lines += ["", "Other learning rates, seed 0, PPO for 10 rollouts (above: how many end better than the start):", ""]
