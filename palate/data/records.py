@@ -30,6 +30,11 @@ class Message:
 Text: TypeAlias = str | tuple[Message, ...]
 
 
+def plain(text: Text) -> str | list[dict[str, str]]:
+    """A text as JSON has it: a string, or a list of messages."""
+    return text if isinstance(text, str) else [{"role": m.role, "content": m.content} for m in text]
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A prompt alone, to be completed."""

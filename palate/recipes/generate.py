@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, model_validator
 
+from palate.data.records import plain as plain_prompt
 from palate.errors import DataError, UsageError
 from palate.recipes.rows import as_they_stood, rejects_file, write_rejects
 from palate.recipes.verbs import (
@@ -225,8 +226,3 @@ def as_rows(loaded, kept: Sequence[tuple], made: Sequence) -> list[dict[str, Any
         }
         for sample in made
     ]
-
-
-def plain_prompt(prompt) -> str | list[dict[str, str]]:
-    """A prompt as JSON has it: a string, or a list of messages."""
-    return prompt if isinstance(prompt, str) else [{"role": m.role, "content": m.content} for m in prompt]

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from palate.data.records import Demonstration, Message, Text
+from palate.data.records import Demonstration, Message, Text, plain
 from palate.data.tokens import TokenGroup, encode_prompt, end_tokens, tokenize
 from palate.errors import DataError, ModelError, NotThereError, PalateError, UsageError
 
@@ -308,11 +308,10 @@ def from_callable(function: Callable, name: str) -> Judge:
     count, takes_finished = _signature(function, name)
 
     def ask(prompt: Text, *given: Completion):
-        plain = prompt if isinstance(prompt, str) else [{"role": m.role, "content": m.content} for m in prompt]
         ended = tuple(completion.finished for completion in given)
         extra = {"finished": ended if count == 3 else ended[0]} if takes_finished else {}
         try:
-            return _number(function(plain, *(completion.text for completion in given), **extra), name)
+            return _number(function(plain(prompt), *(completion.text for completion in given), **extra), name)
         except PalateError as error:
             error.where = error.where or _start(prompt)
             raise
