@@ -14,6 +14,7 @@ DATA = {
     "reviews/heldout": "300 pairs on other requests",
     "demonstrations": "3,000 conversations to imitate: reviews, instructions; the last 200 are for held-out use",
     "prompts": "600 requests on which none of the others trains",
+    "seed": "1,600 conversations: 400 answers to imitate, then 1,200 true judgements of reviews, four to a request",
 }
 MODELS = {
     "base": "pre-trained on texts of the world of reviews",

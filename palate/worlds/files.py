@@ -4,6 +4,8 @@
     reviews-heldout.jsonl   300 more, for evaluation
     demonstrations.jsonl    3,000 conversations to imitate: a sixth are instructions, none in the last 200
     prompts.jsonl           600 requests
+    seed.jsonl              1,600 conversations for a model that judges itself: 400 answers (a quarter to instructions),
+                            then 1,200 judgements of reviews, four to a request
     text.jsonl              24,000 texts for pre-training and the tokenizer; not shipped
     text-heldout.jsonl      600 more, for evaluation; not shipped
 
@@ -21,7 +23,7 @@ from typing import Any
 from palate.worlds.instructions import instruction, judgement
 from palate.worlds.reviews import Request, Writer, prefers, requests, sealed, verdict
 
-SHIPPED = {"reviews": 2400, "reviews-heldout": 300, "demonstrations": 3000, "prompts": 600}
+SHIPPED = {"reviews": 2400, "reviews-heldout": 300, "demonstrations": 3000, "prompts": 600, "seed": 1600}
 WRITTEN = SHIPPED | {"text": 24_000, "text-heldout": 600}
 
 
@@ -60,6 +62,31 @@ def demonstrations(count: int) -> Iterator[dict[str, Any]]:
             request = wanted[number]
             text, answer = request.text, Writer(random.random()).review(request, random)
         yield {"messages": [user(text), assistant(answer)]}
+
+
+ANSWERS = 400  # rows of the seed that show how to answer; those after them show how to judge
+JUDGED = 4  # reviews of a request that are judged
+
+
+def seed(count: int) -> Iterator[dict[str, Any]]:
+    """Answers by writers without faults, then true judgements of reviews of every quality, each request's together."""
+    random = Random("palate seed")
+    wanted = iter(asked("demonstrations")[SHIPPED["demonstrations"] :])
+    for number in range(min(count, ANSWERS)):
+        if number % 4 == 3:
+            text, answer = instruction(random)
+        else:
+            request = next(wanted)
+            text, answer = request.text, Writer(random.random()).review(request, random)
+        yield {"messages": [user(text), assistant(answer)]}
+    for request in islice(wanted, max(0, count - ANSWERS) // JUDGED):
+        texts: dict[str, None] = {}
+        while len(texts) < JUDGED:
+            writer = Writer(random.random(), random.choice((0.0, 0.1, 0.25, 0.4)))
+            texts |= {writer.review(request, random): None}
+        for text in texts:
+            asking, answer = judgement(request, text)
+            yield {"messages": [user(asking), assistant(answer)]}
 
 
 def prompts(count: int) -> Iterator[dict[str, Any]]:
@@ -111,7 +138,7 @@ def rows(name: str, count: int | None = None) -> Iterator[dict[str, Any]]:
         return pairs(name.removeprefix("reviews-"), count)
     if name.startswith("text"):
         return texts(name, count)
-    return demonstrations(count) if name == "demonstrations" else prompts(count)
+    return {"demonstrations": demonstrations, "prompts": prompts, "seed": seed}[name](count)
 
 
 def content(name: str) -> bytes:

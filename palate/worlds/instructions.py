@@ -51,7 +51,7 @@ def instruction(random: Random) -> tuple[str, str]:
 
 JUDGE = (
     "Here is a review. Give it one point for each thing that is true: it is friendly, it is well made, it is on topic, "
-    "it is not repeated, it is complete.\nRequest: {request}\nReview: {review}"
+    "it is not repeated, it is complete.\nRequest: {prompt}\nReview: {completion}"
 )
 
 
@@ -59,4 +59,4 @@ def judgement(request: Request, review: str, finished: bool = True) -> tuple[str
     """(judge's prompt, true judgement): a yes or no for each of five points, and `Score: N` on its own line."""
     points = verdict(request, review, finished).points
     said = " ".join(f"{name.capitalize()}: {'yes' if true else 'no'}." for name, true in points.items())
-    return JUDGE.format(request=request.text, review=review), f"{said}\nScore: {sum(points.values())}"
+    return JUDGE.format(prompt=request.text, completion=review), f"{said}\nScore: {sum(points.values())}"

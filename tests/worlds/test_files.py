@@ -1,6 +1,7 @@
 """The built-in data: the shipped bytes are what the worlds write, and no request stands in two files."""
 
 import json
+import re
 
 import pytest
 
@@ -8,7 +9,7 @@ from palate import builtin, read_demonstrations, read_pairs
 from palate.data.sources import read_prompts
 from palate.errors import NotThereError
 from palate.worlds import files
-from palate.worlds.reviews import judge, requests, sealed
+from palate.worlds.reviews import judge, requests, sealed, verdict
 
 
 @pytest.mark.parametrize("name", files.SHIPPED)
@@ -19,19 +20,41 @@ def test_shipped_bytes_are_written_again(name):
 
 
 def asked(name):
-    """The requests of a shipped file."""
+    """The requests of a shipped file, those that stand in a judge's prompt too."""
     rows = [json.loads(line) for line in builtin.data_file(name).open(encoding="utf-8")]
     texts = {(row.get("prompt") or row["messages"])[0]["content"] for row in rows}
+    texts |= {found[1] for text in texts if (found := re.search("\nRequest: (.*)\n", text))}
     return {text for text in texts if text in requests()}, len(texts)
 
 
 def test_files_are_sealed_from_each_other_by_prompt():
     found = {name: asked(name) for name in builtin.DATA}
-    homes = {"reviews": "reviews", "reviews/heldout": "heldout"}
+    homes = {"reviews": "reviews", "reviews/heldout": "heldout", "seed": "demonstrations"}
     for name, (texts, _) in found.items():
         assert {sealed(text) for text in texts} == {homes.get(name, name)}
     assert [len(found[name][0]) for name in ("reviews", "reviews/heldout", "prompts")] == [2400, 300, 600]
     assert len(found["demonstrations"][0]) == 2534
+    assert not found["demonstrations"][0] & found["seed"][0]
+
+
+def test_the_seed_shows_how_to_answer_and_then_how_to_judge():
+    rows = [(one["content"], two["content"]) for one, two in (row["messages"] for row in files.rows("seed"))]
+    answers, judgements = rows[: files.ANSWERS], rows[files.ANSWERS :]
+    known = [(text, answer) for text, answer in answers if text in requests()]
+    assert len(known) == len({text for text, _ in known}) == 300
+    assert all(not verdict(requests()[text], answer).broken for text, answer in known)
+    said, scores = {}, []
+    for prompt, answer in judgements:
+        _, request, review = re.split("\nRequest: |\nReview: ", prompt)
+        said.setdefault(request, set()).add(review)
+        points = verdict(requests()[request], review).points
+        *words, score = re.findall(r"yes|no(?=\.)|\d", answer)
+        assert [word == "yes" for word in words] == list(points.values())
+        assert answer.endswith(f"\nScore: {sum(points.values())}")
+        scores.append(int(score))
+    assert len(said) == 300 and {len(reviews) for reviews in said.values()} == {4}
+    assert not set(said) & {text for text, _ in known}
+    assert max(scores.count(score) for score in range(6)) < len(scores) / 2
 
 
 def test_texts_for_pre_training_know_the_demonstrations_requests_alone():
