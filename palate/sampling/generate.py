@@ -47,6 +47,7 @@ def generate(
     temperature: float = 1.0,
     samples: int = 1,
     seed: int = 0,
+    first: int = 0,
     end_ids: Collection[int] | None = None,
     batch_tokens: int | None = None,
 ) -> list[Sample]:
@@ -56,6 +57,7 @@ def generate(
     max_tokens: tokens of a completion, >= 1; the model's context bounds it too.
     temperature: 0 takes the likeliest token (as transformers' greedy search, token for token), 1 is the model itself.
     seed: another seed, another draw; a larger max_tokens prolongs the same completions.
+    first: number of the first prompt, where these are a part of a longer list: each draws what it would draw there.
     end_ids: tokens that end a completion; the tokenizer's end token unless given.
     batch_tokens: places for prompt and completion tokens computed at once; it bounds memory and changes results by
         rounding only.
@@ -71,14 +73,14 @@ def generate(
     limit = context(model)
     for index, prompt in enumerate(prompts):
         if len(prompt) == 0:
-            raise DataError("the prompt has no tokens, so nothing predicts a first one", where=f"prompt {index + 1}")
+            raise DataError("the prompt has no tokens, so nothing predicts a first one", where=f"prompt {number}")
         if limit is not None and len(prompt) >= limit:
             raise DataError(
                 f"the prompt has {len(prompt)} tokens, the model takes {limit} with the completion",
-                where=f"prompt {index + 1}",
+                where=f"prompt {number}",
                 next="shorten it",
             )
-    call = _Call(model, max_tokens, temperature, seed, frozenset(int(id) for id in end_ids), limit)
+    call = _Call(model, max_tokens, temperature, seed, first, frozenset(int(id) for id in end_ids), limit)
     if batch_tokens is None:
         batch_tokens = 8192 if call.device.type == "cpu" else 65536
     made: list[Sample] = []
@@ -101,9 +103,9 @@ def text_of(sample: Sample, prompt: np.ndarray, tokenizer) -> str:
 class _Call:
     """What stays the same over all batches of one call."""
 
-    def __init__(self, model, max_tokens, temperature, seed, ends, limit):
-        self.model, self.max_tokens, self.temperature, self.seed = model, max_tokens, temperature, seed
-        self.ends, self.limit = ends, limit
+    def __init__(self, model, max_tokens, temperature, seed, first, ends, limit):
+        self.model, self.max_tokens, self.temperature = model, max_tokens, temperature
+        self.seed, self.first, self.ends, self.limit = seed, first, ends, limit
         self.device = model.get_input_embeddings().weight.device
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.takes = inspect.signature(base.forward).parameters.keys()
@@ -161,7 +163,7 @@ def _complete(call: _Call, prompts, rows: list[tuple[int, int]]) -> list[Sample]
     elif len(rows) > len(distinct):
         cache.batch_select_indices(spread)
     lengths = mask.sum(1)
-    draws = [_stream(call.seed, at, sample, call.max_tokens) for at, sample in rows]
+    draws = [_stream(call.seed, call.first + at, sample, call.max_tokens) for at, sample in rows]
     room = [min(call.max_tokens, (call.limit or 1 << 60) - len(prompts[at])) for at, _ in rows]
     tokens: list[list[int]] = [[] for _ in rows]
     logps: list[list[float]] = [[] for _ in rows]
@@ -171,7 +173,7 @@ def _complete(call: _Call, prompts, rows: list[tuple[int, int]]) -> list[Sample]
         uniform = torch.tensor([draws[row][step] for row in live], dtype=torch.float64)
         chosen, chosen_logps = _pick(logits, call.temperature, uniform)
         if not bool(torch.isfinite(chosen_logps).all()):
-            bad = rows[live[int((~torch.isfinite(chosen_logps)).nonzero()[0])]][0]
+            bad = call.first + rows[live[int((~torch.isfinite(chosen_logps)).nonzero()[0])]][0]
             raise NotFiniteError("the model's logits are not finite", where=f"prompt {bad + 1}, token {step + 1}")
         for row, token, logp in zip(live, chosen.tolist(), chosen_logps.tolist(), strict=True):
             tokens[row].append(token)
