@@ -71,7 +71,7 @@ def generate(
     if end_ids is None:
         end_ids = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     limit = context(model)
-    for index, prompt in enumerate(prompts):
+    for number, prompt in enumerate(prompts, first + 1):
         if len(prompt) == 0:
             raise DataError("the prompt has no tokens, so nothing predicts a first one", where=f"prompt {number}")
         if limit is not None and len(prompt) >= limit:
