@@ -222,6 +222,20 @@ def status_of(path: str | os.PathLike) -> str:
     return "interrupted" if status == "running" and not Lock.held(Path(path) / _LOCK) else status
 
 
+def from_builtin(name: str) -> bool:
+    """Whether the model is one of ours, or a run whose first parents lead to one."""
+    for _ in range(100):  # a chain that bites its own tail ends here
+        if name.startswith("builtin:"):
+            return True
+        path = Path(name).expanduser()
+        record = next((folder / "run.json" for folder in (path, path.parent) if (folder / "run.json").is_file()), None)
+        parents = files.read_json(record).get("parents") if record else None
+        if not parents:
+            return False
+        name = str(parents[0].get("model"))
+    return False
+
+
 def read_lines(path: str | os.PathLike) -> list[dict[str, Any]]:
     """The objects of a JSONL file that a run wrote; none where there is no file. A last line without end is left out.
 

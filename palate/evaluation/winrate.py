@@ -92,11 +92,6 @@ def match(
     return Match(a, b, judge, n, wins, losses, ties, rate, share.low, share.high, 0.5 + low, 0.5 + high, verdict)
 
 
-def outcomes_of(firsts: Sequence[float], seconds: Sequence[float]) -> list[float]:
-    """One outcome for each two scores: 1 where the first is larger, 0.5 where they are equal, 0 where it is smaller."""
-    return [float(a > b) + (a == b) / 2 for a, b in zip(firsts, seconds, strict=True)]
-
-
 def sentence(match: Match) -> str:
     """The match in plain words, the verdict first."""
     if not match.n:

@@ -22,10 +22,13 @@ class CompareConfig(SamplingConfig, ReadConfig):
 
     contestants: Annotated[list[str], Field(description="Two or more models or JSONL files of completions")] = []
     judge: Annotated[
-        str, Field(description="rule, random, implicit:RUN, a reward model's folder, or module:function in Python")
+        str,
+        Field(
+            description="rule, random, implicit:RUN, a reward model's folder, policy:MODEL, module:function in Python"
+        ),
     ]
     out: Annotated[str | None, Field(description="New folder for comparison.json and the completions")] = None
-    allow_self_judge: Annotated[bool, Field(description="Let a run judge its own model: implicit:RUN")] = False
+    allow_self_judge: Annotated[bool, Field(description="Let a model judge itself: implicit:RUN, policy:MODEL")] = False
     require_better: Annotated[bool, Field(description="Exit 4 unless the first is shown better than the second")] = (
         False
     )
@@ -78,6 +81,7 @@ def run(config: CompareConfig, *, verb: str = "compare", argv=(), say=stderr, pa
         raise DataError(f"no prompt of {config.data} is left", code="E104", next="look at the messages above")
 
     score_all(judge, distinct, made)
+    say_unscored(distinct, made, say)
     matches, cases = [], []
     for a, b in combinations(config.contestants, 2):
         pairs = paired(distinct, made[a], made[b])
@@ -119,9 +123,10 @@ def is_file(name: str) -> bool:
 
 def refuse_self_judge(config: CompareConfig, models: Sequence[str]) -> None:
     """Nothing, unless a run would judge its own model without being asked to (UsageError E308)."""
-    if not config.judge.startswith("implicit:") or config.allow_self_judge:
+    kind, _, name = config.judge.partition(":")
+    if kind not in ("implicit", "policy") or config.allow_self_judge:
         return
-    judging = Path(config.judge.removeprefix("implicit:")).expanduser().resolve()
+    judging = Path(name).expanduser().resolve()
     for name in models:
         if Path(name).expanduser().resolve().is_relative_to(judging):
             what = f"{config.judge} would judge its own model, {name}"
@@ -254,18 +259,26 @@ def paired(records: Sequence, first: dict, second: dict) -> list[tuple[int, dict
 
 
 def score_all(judge, records: Sequence, made: dict[str, dict]) -> None:
-    """Writes "score" into every completion, where the judge scores one by itself."""
+    """Writes "score" into every completion, where the judge scores one by itself; None where it gave none."""
     if not judge.scores_alone:
         return
     cases = [(record.prompt, row) for table in made.values() for record in records for row in table[record.prompt]]
-    values = judge.scores([prompt for prompt, _ in cases], [_seen(row) for _, row in cases])
+    values = judge.ratings([prompt for prompt, _ in cases], [_seen(row) for _, row in cases])
     for (_, row), value in zip(cases, values, strict=True):
         row["score"] = value
 
 
+def say_unscored(records: Sequence, made: dict[str, dict], say: Say) -> None:
+    """Says how many completions of each side have no score, which makes ties of them."""
+    for name, table in made.items():
+        rows = [row for record in records for row in table[record.prompt]]
+        if without := sum(row.get("score", 0) is None for row in rows):
+            say(f"{name}: {without} of {len(rows)} completions got no score that can be read, so they tie")
+
+
 def outcomes(judge, records: Sequence, pairs: Sequence[tuple[int, dict, dict]]) -> list[float]:
     """1, 0.5 or 0 for the first side of each comparison."""
-    from palate.evaluation.winrate import outcomes_of
+    from palate.sampling.judge import outcomes_of
 
     if judge.scores_alone:
         return outcomes_of([one["score"] for _, one, _ in pairs], [two["score"] for _, _, two in pairs])

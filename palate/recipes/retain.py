@@ -6,10 +6,10 @@ what the model itself wrote at the start. What it writes on held-out prompts is 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from palate.recipes.verbs import Say
+from palate.run import from_builtin
 
 MOST_ROWS = 200  # demonstrations, and chosen completions, that are scored
 MAX_TOKENS = 64
@@ -136,22 +136,6 @@ def read_retained(config, say: Say):
         return read_demonstrations("builtin:demonstrations[2800:]")  # on the others builtin:tiny was trained
     say("retention: no demonstrations to watch; --retain FILE names some that the model must not forget")
     return None
-
-
-def from_builtin(name: str) -> bool:
-    """Whether the model is one of ours, or a run whose first parents lead to one."""
-    from palate.files import read_json
-
-    for _ in range(100):  # a chain that bites its own tail ends here
-        if name.startswith("builtin:"):
-            return True
-        path = Path(name).expanduser()
-        record = next((folder / "run.json" for folder in (path, path.parent) if (folder / "run.json").is_file()), None)
-        parents = read_json(record).get("parents") if record else None
-        if not parents:
-            return False
-        name = str(parents[0].get("model"))
-    return False
 
 
 def retention(config, prepared, records) -> Retention:

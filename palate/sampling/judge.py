@@ -1,7 +1,8 @@
 """Judges: which of two completions is better, or how good one is. One interface for comparing, pairing and rewarding.
 
 A name becomes a judge: `rule` (the built-in world's truth), `random` (the null control), `implicit:RUN`, a reward
-model's folder, `module:function`, `enumerable:SEED` (the reward that SEED draws in the world that can be listed).
+model's folder, `policy:MODEL` (a language model that is asked), `module:function`, `enumerable:SEED` (the reward that
+SEED draws in the world that can be listed).
 """
 
 import hashlib
@@ -23,7 +24,7 @@ from palate.data.records import Demonstration, Message, Text, plain
 from palate.data.tokens import TokenGroup, encode_prompt, end_tokens, tokenize
 from palate.errors import DataError, ModelError, NotThereError, PalateError, UsageError
 
-NAMES = ("rule", "random", "implicit:RUN", "a reward model's folder", "module:function")
+NAMES = ("rule", "random", "implicit:RUN", "a reward model's folder", "policy:MODEL", "module:function")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class Completion:
 
 
 Completions: TypeAlias = Sequence[Completion]
-Score = Callable[[Sequence[Text], Completions], Sequence[float]]
+Score = Callable[[Sequence[Text], Completions], Sequence[float | None]]
 Choose = Callable[[Sequence[Text], Completions, Completions], Sequence[float]]
 
 
@@ -43,7 +44,8 @@ Choose = Callable[[Sequence[Text], Completions, Completions], Sequence[float]]
 class Judge:
     """A name and one of two functions: `score` gives a completion a number, `choose` compares two.
 
-    score: (prompts, completions) -> one finite number each, larger is better.
+    score: (prompts, completions) -> one finite number each, larger is better; None where a judge that writes its score
+        wrote none that can be read.
     choose: (prompts, firsts, seconds) -> one vote each: 1 for the first, 0 for the second, 0.5 for neither. Votes may
         depend on the order: `prefer` asks for both.
     """
@@ -66,8 +68,8 @@ class Judge:
             what = f"{self.name} compares two completions, it gives none a score"
             raise UsageError(what, where=where, code="E308", next="take a judge of one completion")
 
-    def scores(self, prompts: Sequence[Text], completions: Completions) -> list[float]:
-        """One number a completion, larger is better. What is there twice is asked once, so it has one score.
+    def ratings(self, prompts: Sequence[Text], completions: Completions) -> list[float | None]:
+        """One number a completion, larger is better, or None. What is there twice is asked once, so it has one score.
 
         Raises UsageError for a judge that only compares, DataError (E601) where a number is not finite.
         """
@@ -75,19 +77,29 @@ class Judge:
         assert self.score is not None
         asked = dict.fromkeys(zip(prompts, completions, strict=True))
         values = self.score([prompt for prompt, _ in asked], [completion for _, completion in asked])
-        known = dict(zip(asked, _finite(values, self.name), strict=True))
+        _finite([value for value in values if value is not None], self.name)
+        known = dict(zip(asked, (None if value is None else float(value) for value in values), strict=True))
         return [known[case] for case in zip(prompts, completions, strict=True)]
+
+    def scores(self, prompts: Sequence[Text], completions: Completions) -> list[float]:
+        """As `ratings`, for those who need a number of every completion: DataError (E601) where one has none."""
+        values = self.ratings(prompts, completions)
+        found = [value for value in values if value is not None]
+        if len(found) < len(values):
+            what = f"judge {self.name} gave {len(values) - len(found)} of {len(values)} completions no score"
+            raise DataError(what, code="E601", next="take a judge that scores every completion")
+        return found
 
     def prefer(self, prompts: Sequence[Text], firsts: Completions, seconds: Completions) -> list[float]:
         """One outcome each: 1 where the first is better, 0 where the second is, 0.5 for a tie.
 
-        Equal completions tie unasked. A judge of two is asked in both orders, and what it does not say twice is a tie.
+        Equal completions tie unasked, and so does one without a score. A judge of two is asked in both orders, and
+        what it does not say twice is a tie.
         Source of that rule: Zheng et al. 2023, arXiv:2306.05685, section 3.4.
         """
         if self.choose is None:
-            both = self.scores([*prompts, *prompts], [*firsts, *seconds])
-            pairs = zip(both[: len(firsts)], both[len(firsts) :], strict=True)
-            return [float(a > b) + (a == b) / 2 for a, b in pairs]
+            both = self.ratings([*prompts, *prompts], [*firsts, *seconds])
+            return outcomes_of(both[: len(firsts)], both[len(firsts) :])
         cases = zip(prompts, firsts, seconds, strict=True)
         asked = list(dict.fromkeys(case for case in cases if case[1] != case[2]))
         if not asked:
@@ -103,8 +115,15 @@ class Judge:
         return [known.get(case, 0.5) for case in zip(prompts, firsts, seconds, strict=True)]
 
 
+def outcomes_of(firsts: Sequence[float | None], seconds: Sequence[float | None]) -> list[float]:
+    """One outcome for each two scores: 1 where the first is larger, 0 where it is smaller, else 0.5, None a tie too."""
+    return [
+        0.5 if a is None or b is None else float(a > b) + (a == b) / 2 for a, b in zip(firsts, seconds, strict=True)
+    ]
+
+
 def open_judge(name: str, *, device: str = "cpu", seed: int = 0) -> Judge:
-    """The judge that `name` stands for. seed: of `random`. device: of models that judge.
+    """The judge that `name` stands for. seed: of `random`, of what `policy:MODEL` says. device: of models that judge.
 
     Raises UsageError (E303) where nothing is called so, NotThereError, and what loading a model raises.
     """
@@ -116,12 +135,15 @@ def open_judge(name: str, *, device: str = "cpu", seed: int = 0) -> Judge:
         return Judge(name, score=_listed(name.removeprefix("enumerable:")))
     if name.startswith("implicit:"):
         return implicit(name.removeprefix("implicit:"), device=device)
+    if name.startswith("policy:"):
+        return asked_model(name.removeprefix("policy:"), device=device, seed=seed)
     if Path(name).expanduser().is_dir():
         return reward_model(name, device=device)
     module, colon, function = name.rpartition(":")
     if colon and all(part.isidentifier() for part in (*module.split("."), function)):
         return from_callable(_imported(module, function), name)
-    known = {"rule": "rule", "random": "random", "implicit": "implicit:RUN", "enumerable": "enumerable:SEED"}
+    known = {"rule": "rule", "random": "random", "implicit": "implicit:RUN", "policy": "policy:MODEL"}
+    known |= {"enumerable": "enumerable:SEED"}
     if os.sep in name or name.startswith(("~", ".")):
         raise NotThereError("no such folder", where=name, code="E101", next="name a reward model's folder")
     near = get_close_matches(name.partition(":")[0], known, n=1)
@@ -228,6 +250,27 @@ def reward_model(folder: str | os.PathLike, *, device: str = "cpu") -> Judge:
         return rewards(loaded.model, [[*group.prompt.tolist(), *group.completions[0].tolist()] for group in groups])
 
     return Judge(os.fspath(folder), score=score)
+
+
+def asked_model(name: str, *, device: str = "cpu", seed: int = 0) -> Judge:
+    """A language model that is asked three times for points: the mean of what can be read, None where nothing can.
+
+    By the rubric of the built-in world where the model comes from a built-in one, else by the additive one.
+    Raises what loading raises, ModelError (E401) where the model has no tokenizer.
+    """
+    from palate.model.load import load
+    from palate.sampling.rubric import ModelJudge, default_rubric
+
+    loaded = load(name, device=device)
+    if loaded.tokenizer is None:
+        what = "has no tokenizer, so it can be asked nothing"
+        raise ModelError(what, where=name, code="E401", next="train it first, or name another")
+    asked = ModelJudge(loaded, default_rubric(name), seed=seed)
+
+    def score(prompts, completions):
+        return [judged.score for judged in asked.judge(prompts, [completion.text for completion in completions])]
+
+    return Judge(f"policy:{name}", score=score)
 
 
 def token_groups(prompts: Sequence[Text], completions: Completions, loaded) -> list[TokenGroup]:

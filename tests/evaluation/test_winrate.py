@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from palate.evaluation.statistics import bootstrap_mean, design_effect, wilson
-from palate.evaluation.winrate import Match, comparison, match, outcomes_of, sentence
+from palate.evaluation.winrate import Match, comparison, match, sentence
 
 
 def draw(rng, n: int, win: float, tie: float = 0.0) -> list[float]:
@@ -25,12 +25,6 @@ def test_a_match_by_hand():
     assert found.high == pytest.approx((centre + half) / (1 + z * z / 5), abs=1e-12)
     assert found.verdict == "not shown to be different"
     assert not found.better
-
-
-def test_outcomes_of_scores():
-    assert outcomes_of([1.0, 2.0, -3.0], [0.5, 2.0, 7.0]) == [1, 0.5, 0]
-    with pytest.raises(ValueError, match=r"1, 0\.5 or 0"):
-        match("a", "b", "j", [0.7])
 
 
 @pytest.mark.parametrize("tie", [0.0, 0.3, 0.9])
@@ -179,3 +173,8 @@ def test_the_record_of_a_comparison():
     record = comparison(match("new", "old", "rule", [1.0]), examples, kl=0.5, length={"before": 3.0, "after": 4.0})
     assert {*record} == {*Match.__dataclass_fields__} | {"kl", "length", "reward", "examples"}
     assert (record["wins"], record["kl"], record["reward"], record["examples"]) == (1, 0.5, None, examples)
+
+
+def test_an_outcome_is_one_of_three():
+    with pytest.raises(ValueError, match=r"1, 0\.5 or 0"):
+        match("a", "b", "j", [0.7])
