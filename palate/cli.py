@@ -60,6 +60,7 @@ VERBS = {
     ),
     "kto": Verb("Train on single completions, liked or not.", "palate.recipes.preference:FeedbackConfig"),
     "ppo": Verb("Train on own samples by what a reward says of them: PPO, RLOO, GRPO.", "palate.recipes.ppo:PpoConfig"),
+    "spin": Verb("Train on demonstrations against own samples, in rounds: SPIN.", "palate.recipes.spin:SpinConfig"),
     "sweep": Verb(
         "One of dpo, kto, sft over a grid of options: best cell, table, plot.",
         "palate.recipes.sweep:SweepConfig",

@@ -18,6 +18,8 @@ from .errors import CheckpointError, Interrupted, PalateError, UsageError
 from .files import Lock
 
 _LOCK = ".lock"
+# What a round of samples leaves in its folder before the run that trains on it begins there.
+_PREPARED = frozenset({"samples", "judged", "pairs.jsonl", "held.jsonl", "pairs.json", "before", "config.yaml"})
 # Options that say how a run is started or shown, not what it computes.
 _PASSING = frozenset({"resume", "dry_run", "json", "out", "require_better"})
 
@@ -191,7 +193,8 @@ class Run:
         try:
             if not self.finished:
                 if error is None:
-                    self.finish({})
+                    if self.record.get("status") == "running":  # else it was left to another process
+                        self.finish({})
                 else:
                     stopped = isinstance(error, Interrupted | KeyboardInterrupt)
                     # The disk may be what failed: then the first error is the one to hear of.
@@ -291,7 +294,7 @@ def check_out(path: Path, *, resume: bool = False) -> None:
     there = _content(path)
     if there and not resume:
         raise UsageError("is not empty", where=str(path), code="E313", next="take a new --out, or add --resume")
-    if there and "run.json" not in there and there != {"config.yaml"}:
+    if there and "run.json" not in there and not there <= _PREPARED:
         raise UsageError("holds no run to resume", where=str(path), code="E313", next="take a new --out")
 
 

@@ -126,12 +126,12 @@ def read_rows(
     if config.eval == "none":
         held = []
     elif config.eval == "auto":
-        held_prompts = _held_out([_prompt_key(record) for record, _ in pairs], config.seed)
-        held = [group for record, group in pairs if _prompt_key(record) in held_prompts]
-        pairs = [(record, group) for record, group in pairs if _prompt_key(record) not in held_prompts]
+        held_prompts = held_out([prompt_key(record) for record, _ in pairs], config.seed)
+        held = [group for record, group in pairs if prompt_key(record) in held_prompts]
+        pairs = [(record, group) for record, group in pairs if prompt_key(record) not in held_prompts]
     else:
         held_pairs = reading.take(other, tokenizer, limit, config, usable=usable, role="eval", pieces=pieces)
-        shared = {_prompt_key(record) for record, _ in pairs} & {_prompt_key(record) for record, _ in held_pairs}
+        shared = {prompt_key(record) for record, _ in pairs} & {prompt_key(record) for record, _ in held_pairs}
         reading.counts["prompts shared with eval"] = len(shared)
         held = [group for _, group in held_pairs]
     train = [group for _, group in pairs]
@@ -140,13 +140,13 @@ def read_rows(
     return Rows(train, held, reading, list(records.notes), content_digest([*train, *held]))
 
 
-def _prompt_key(record) -> str:
+def prompt_key(record) -> str:
     """What decides the split: the prompt, and where there is none (texts) the row itself."""
     text = repr(record.prompt or getattr(record, "completion", ""))
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
-def _held_out(keys: Sequence[str], seed: int) -> set[str]:
+def held_out(keys: Sequence[str], seed: int) -> set[str]:
     """5 % of the distinct prompts, at most 300, by a hash of (seed, prompt): the same however the file is ordered."""
     distinct = sorted(set(keys), key=lambda key: hashlib.blake2b(f"{seed} {key}".encode()).digest())
     return set(distinct[: min(300, len(distinct) // 20)])

@@ -294,7 +294,7 @@ def open_folder(config, verb: str, say: Say) -> tuple[Path, dict[str, Any] | Non
 
 def resolved(config) -> dict[str, Any]:
     """What config.yaml holds: all that a run is made of, and not where it lies, so that it can run again."""
-    return config.model_dump(mode="json", exclude={"out", "resume", "dry_run"})
+    return config.model_dump(mode="json", exclude={"out", "resume", "dry_run", "stage", "part"})
 
 
 def train(

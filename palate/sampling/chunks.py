@@ -32,6 +32,12 @@ class Chunks:
     size: int
     facts: dict[str, Any]
 
+    @classmethod
+    def there(cls, folder: Path) -> "Chunks":
+        """Those that were begun in a folder, as its plan says; nothing of them where there is no plan."""
+        plan = read_json(folder / "plan.json") if (folder / "plan.json").exists() else {"count": 0, "size": 1}
+        return cls(folder, plan.pop("count"), plan.pop("size"), plan)
+
     def __len__(self) -> int:
         """How many files there are in the end."""
         return (self.count + self.size - 1) // self.size

@@ -115,7 +115,8 @@ def _unfit(candidate: Candidate) -> str | None:
     """Why a completion is no side of any pair; None where it may be one."""
     if not candidate.finished:
         return "unfinished"
-    return None if candidate.text.strip() else "empty"  # a reader of preference files refuses what says nothing
+    says = candidate.text.strip() and "\0" not in candidate.text  # a reader of preference files refuses the rest
+    return None if says else "empty"
 
 
 def _pair(prompt, chosen: Text, rejected: Text, source, margin: float | None = None) -> PreferencePair | str:

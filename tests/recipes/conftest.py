@@ -19,3 +19,15 @@ def palate(capsys, tmp_path, monkeypatch):
     """The command line, in an empty folder of its own."""
     monkeypatch.chdir(tmp_path)
     return Command(capsys)
+
+
+@pytest.fixture(scope="session")
+def ending(tmp_path_factory, tiny_llama, tiny_tokenizer):
+    """A folder with a tiny model whose completions end after four tokens or so."""
+    import torch
+
+    model = tiny_llama(0)
+    with torch.no_grad():  # a coordinate that is the same everywhere speaks for the end token
+        model.get_input_embeddings().weight[:, 0] = 1.0
+        model.get_output_embeddings().weight[tiny_tokenizer.eos_token_id, 0] = 0.6
+    return save_model(tmp_path_factory.mktemp("model") / "ending", model, tiny_tokenizer, TEMPLATE)

@@ -1,0 +1,311 @@
+"""The stages of a round: each reads the files of those before it, and what is there already is not made again."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from palate.errors import UsageError
+from palate.recipes import chain, preference
+from palate.recipes.cells import is_done
+from palate.recipes.rows import prompt_key
+from palate.recipes.training import Paused, TrainingConfig, refuse_other_data, reported
+from palate.recipes.verbs import every_tenth
+
+if TYPE_CHECKING:
+    from palate.recipes.rounds import Case, Round
+
+# the columns of a row that training and comparing fill; null where nobody does
+LATER = ("win_rate", "win_low", "win_high", "win_previous", "judge_accuracy", "length", "kl", "ended", "score",
+         "verdict", "compared", "accuracy", "chosen_logp")  # fmt: skip
+
+
+CHUNKED = {"sample": "samples", "judge": "judged"}  # stage -> its folder of chunks
+
+
+def open_round(this: "Round") -> None:
+    """Writes down what the rounds are made of, or refuses files that have changed since; takes old checkpoints away."""
+    from palate.data.sources import read_prompts
+    from palate.files import make_folder, remove_tree, write_json, write_json_lines
+    from palate.recipes.generate import plain_prompt
+
+    for number in range(1, this.number):  # nothing goes on from there
+        remove_tree(chain.folder_of(this.out, number) / "checkpoints")
+    sources = [dict(source, role="train") for source in getattr(this.records, "sources", [])]
+    file = this.config.compared_on
+    if file is not None:
+        records = read_prompts(file, format=this.config.format if file == this.config.prompts else None)
+        sources += [dict(source, role="compared on") for source in records.sources]
+    refuse_other_data(this.out, sources)
+    make_folder(this.folder)
+    if not (this.out / "data.json").exists():
+        write_json(this.out / "data.json", {"sources": sources, "notes": list(getattr(this.records, "notes", []))})
+    if not (this.out / "prompts.jsonl").exists():
+        if file is None:
+            records = [record for record in this.records if prompt_key(record) in this.held]
+        prompts = dict.fromkeys(record.prompt for record in records)
+        write_json_lines(this.out / "prompts.jsonl", [{"prompt": plain_prompt(prompt)} for prompt in prompts])
+
+
+def check_ready(this: "Round", stage: str) -> None:
+    """Nothing, where the stages before this one are done; else UsageError naming the first that is not."""
+    for before in this.way.stages[: this.way.stages.index(stage)]:
+        if before != "score" and not is_stage_done(this, before):  # training scores by itself
+            what = f"round {this.number} waits for its stage {before}"
+            raise UsageError(what, where="stage", code="E308", next=f"run --stage {before} first")
+
+
+def is_stage_done(this: "Round", stage: str) -> bool:
+    """Whether what the stage makes is there."""
+    if stage in CHUNKED:
+        return not left(this, stage)
+    there = {"pair": "pairs.json", "score": "reference.safetensors", "compare": chain.MANIFEST}
+    return is_done(this.folder) if stage == "train" else (this.folder / there[stage]).exists()
+
+
+def left(this: "Round", stage: str) -> int:
+    """Chunks of sample or judge that are not there; 1 where none was begun."""
+    from palate.sampling.chunks import Chunks
+
+    chunks = Chunks.there(this.folder / CHUNKED[stage])
+    return len(chunks.missing()) if len(chunks) else 1
+
+
+def standing(this: "Round", stage: str) -> str:
+    """What a stage that ran alone came to."""
+    if this.sealed:
+        return f"round {this.number} is done"
+    if stage in CHUNKED and (count := left(this, stage)):
+        return f"round {this.number}: {stage}: {count} chunks are left to other parts"
+    after = this.way.stages[this.way.stages.index(stage) + 1]
+    return f"round {this.number}: {stage} is done; next: --stage {after}"
+
+
+# --- sample, judge ---------------------------------------------------------------------------------------------------
+
+
+def sampled(this: "Round"):
+    """The chunks of the round's samples, and what makes them."""
+    from palate.sampling.chunks import Draw, sample, samples
+
+    config, prompts = this.config, [ids for _, ids in this.asked]
+    how = Draw(config.max_tokens, config.temperature, this.way.candidates, this.seed)
+    chunks = samples(this.folder / "samples", this.loaded.fingerprint, prompts, how, size=config.chunk)
+    return chunks, sample(this.loaded.model, this.loaded.tokenizer, prompts, how)
+
+
+def sample(this: "Round", **_: Any) -> None:
+    """Samples of every prompt from the round's start."""
+    if is_stage_done(this, "pair"):
+        return
+    chunks, work = sampled(this)
+    this.tell(f"sampling {this.way.candidates} of each of {chunks.count} prompts")
+    chunks.make(work, part=this.config.shares, tell=told(this, "sampled", "prompts"))
+
+
+def judge(this: "Round", **_: Any) -> None:
+    """A row for every sample with what the way's judge says of it."""
+    from palate.sampling.chunks import Chunks
+    from palate.sampling.judge import Completion
+
+    if is_stage_done(this, "pair"):
+        return
+    drawn = sampled(this)[0].rows()
+    name, scorer = this.way.judge(this)
+    each, asked = this.way.candidates, this.asked
+
+    def work(start: int, stop: int) -> Iterator[dict[str, Any]]:
+        mine = drawn[start * each : stop * each]
+        prompts = [asked[row["prompt"]][0].prompt for row in mine]
+        found = scorer(prompts, [Completion(row["completion"], row["finished"]) for row in mine], start * each)
+        for row, said in zip(mine, found, strict=True):
+            yield {"prompt": row["prompt"], "sample": row["sample"], **said}
+
+    facts = {"judge": name, "samples": chain.digest_of(this.folder / "samples"), "each": each}
+    chunks = Chunks(this.folder / "judged", len(asked), this.config.chunk, facts)
+    this.tell(f"judging {len(drawn)} samples by {name}")
+    chunks.make(work, part=this.config.shares, tell=told(this, "judged the samples of", "prompts"))
+
+
+def told(this: "Round", did: str, what: str) -> Callable[[int, int], None]:
+    """Tells how far a stage is, at most ten times."""
+    return every_tenth(lambda done, todo: this.tell(f"{did} {done} of {todo} {what}"))
+
+
+# --- pair ------------------------------------------------------------------------------------------------------------
+
+
+def cases(this: "Round") -> list["Case"]:
+    """Every prompt with its samples, and their scores where they were judged."""
+    from palate.recipes.rounds import Case
+    from palate.sampling.chunks import Chunks
+    from palate.sampling.pairing import Candidate
+
+    drawn, each = sampled(this)[0].rows(), this.way.candidates
+    scores: list[float | None] = [None] * len(drawn)
+    if this.way.judge is not None:
+        scores = [row["score"] for row in Chunks.there(this.folder / "judged").rows()]
+    made = [
+        Candidate(row["completion"], row["finished"], row["tokens"], score)
+        for row, score in zip(drawn, scores, strict=True)
+    ]
+    parts = [tuple(made[at : at + each]) for at in range(0, len(made), each)]
+    return [Case(record, part) for (record, _), part in zip(this.asked, parts, strict=True)]
+
+
+def pair(this: "Round", **_: Any) -> None:
+    """pairs.jsonl to train on, held.jsonl to evaluate on, and what became of the prompts in pairs.json.
+
+    Where no pair is made the round ends here.
+    """
+    from palate.files import write_json, write_json_lines
+    from palate.sampling.pairing import row
+
+    if is_stage_done(this, "pair"):
+        return
+    found = cases(this)
+    made = this.way.pair(this, found)
+    mine: dict[bool, list] = {True: [], False: []}
+    for one in made.pairs:
+        mine[prompt_key(one) in this.held].append(one)
+    rows = [row(one) | {"round": this.number} for one in mine[False]]
+    before = previous(this) if rows else []
+    write_json_lines(this.folder / "held.jsonl", [row(one) for one in mine[True]])
+    write_json_lines(this.folder / "pairs.jsonl", [*rows, *before])
+    lengths = [one.tokens for case in found for one in case.candidates]
+    facts = {
+        "prompts": len(found),
+        "pairs": len(rows),
+        "held": len(mine[True]),
+        "trained": len(rows) + len(before),
+        "beta": this.way.beta(this.number),
+        "left_out": made.counts,
+        "unparsed": made.counts.get("unparsed") if this.way.judge else None,
+        "ties": made.counts.get("ties") if this.way.judge else None,
+        "sampled_length": sum(lengths) / len(lengths),
+        "sampled_ended": sum(one.finished for case in found for one in case.candidates) / len(lengths),
+        **formats(this, mine[False]),
+        **(this.way.extra(this, found, made) if this.way.extra else {}),
+    }
+    write_json(this.folder / "pairs.json", facts)
+    this.tell(f"{len(rows)} pairs, {len(mine[True])} more held out, {len(before)} from the round before")
+    if not rows:
+        seal(this, {})
+
+
+def previous(this: "Round") -> list[dict[str, Any]]:
+    """The rows of the round before that were its own, where the way trains on them too."""
+    from palate.run import read_lines
+
+    if not this.way.keeps_previous or this.number == 1:
+        return []
+    rows = read_lines(chain.folder_of(this.out, this.number - 1) / "pairs.jsonl")
+    return [row for row in rows if row["round"] == this.number - 1]
+
+
+def formats(this: "Round", pairs: Sequence) -> dict[str, Any]:
+    """How well format alone tells chosen from rejected completions, as training sees them."""
+    from palate.data.tokens import tokenize_pair
+    from palate.evaluation.formats import seen, told_apart
+    from palate.recipes.verbs import max_length
+
+    tokenizer, limit = this.loaded.tokenizer, max_length(this.config, this.loaded.model)
+    groups = [tokenize_pair(one, tokenizer, max_length=limit) for one in pairs]
+    told = told_apart([seen(group, tokenizer) for group in groups])
+    share = told.accuracy if told.accuracy.count else None
+    return {
+        "format_accuracy": share and share.value,
+        "format_low": share and share.low,
+        "format_high": share and share.high,
+        "format_by": told.by,
+    }
+
+
+# --- score, train ----------------------------------------------------------------------------------------------------
+
+
+def training(this: "Round") -> preference.PreferenceConfig:
+    """The options of `palate dpo` that train this round: its start is the model and the reference."""
+    from palate.files import read_json
+
+    facts = read_json(this.folder / "pairs.json")
+    given = {name: getattr(this.config, name) for name in TrainingConfig.model_fields}
+    own = {
+        "model": this.start,
+        "revision": this.revision(this.start),
+        "data": str(this.folder / "pairs.jsonl"),
+        "eval": str(this.folder / "held.jsonl") if facts["held"] else "none",
+        "out": str(this.folder),
+        "resume": True,
+        "beta": facts["beta"],
+        "columns": {},
+        "format": None,
+        "bad_rows": "stop",
+        "retain": "none",
+        "retain_samples": 0,
+        "require_better": False,
+        "dry_run": False,
+        "report": False,
+    }
+    if not facts["held"]:
+        own["eval_every"] = None
+    return preference.PreferenceConfig(**(given | own))
+
+
+def score(this: "Round", *, argv=(), panel=None) -> None:
+    """The reference column alone; training scores it where this was left out."""
+    if is_stage_done(this, "score"):
+        return
+    this.forget()
+    with contextlib.suppress(Paused):
+        preference.run(training(this), argv=argv, say=this.tell, panel=panel, stop=0)
+
+
+def train(this: "Round", *, argv=(), panel=None) -> None:
+    """`palate dpo` on the pairs."""
+    if is_done(this.folder):
+        return
+    this.forget()
+    preference.run(training(this), argv=argv, say=this.tell, panel=panel)
+
+
+# --- compare ---------------------------------------------------------------------------------------------------------
+
+
+def compare(this: "Round", **_: Any) -> None:
+    """The row of the round, once its model is compared with the start and with the model before; then the manifest."""
+    from palate.recipes.contest import contest
+
+    if this.sealed:
+        return
+    this.forget()
+    seal(this, learnt(this) | contest(this))
+    if this.config.report:
+        reported(this.folder)
+
+
+def learnt(this: "Round") -> dict[str, Any]:
+    """Of the held-out pairs: how many the round's model orders rightly, and its log-prob of the chosen side."""
+    from palate.run import read_lines
+
+    evals = [line for line in read_lines(this.folder / "metrics.jsonl") if "eval/loss" in line]
+    names = {"accuracy": "eval/rewards/accuracies", "chosen_logp": "eval/logps/chosen"}
+    return {name: evals[-1].get(key) for name, key in names.items()} if evals else {}
+
+
+def seal(this: "Round", facts: dict[str, Any]) -> None:
+    """Ends the round with its row."""
+    from palate.files import read_json
+    from palate.sampling.chunks import Chunks
+
+    row = dict.fromkeys(("pairs", "unparsed", "ties", *LATER)) | read_json(this.folder / "pairs.json") | facts
+    chain.seal(this.out, this.number, Chunks.there(this.folder / "samples").facts["model"], row)
+
+
+DO: dict[str, Callable[..., None]] = {
+    "sample": sample,
+    "judge": judge,
+    "pair": pair,
+    "score": score,
+    "train": train,
+    "compare": compare,
+}

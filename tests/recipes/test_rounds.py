@@ -1,0 +1,169 @@
+"""Rounds: stages one by one end as the whole does, the chain finds every change, data that changed are refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+from runs_kit import conversations, demonstrations, lines, tree, write_rows
+
+from palate.files import sha256_file
+from palate.recipes.chain import MADE
+
+SMALL = dict(batch=4, steps=3, rounds=2, max_tokens=12, chunk=5, samples=1, device="cpu", lr=3e-4, lam="0.7,1")
+JUDGES = """
+def like(prompt, completion):
+    return len(completion)
+
+def dislike(prompt, completion):
+    return -len(completion)
+"""
+
+
+@pytest.fixture
+def options(tmp_path, ending) -> dict:
+    (tmp_path / "liking.py").write_text(JUDGES)
+    rows = list(demonstrations(60))
+    data = {"data": write_rows(tmp_path / "d.jsonl", rows[:40]), "prompts": write_rows(tmp_path / "p.jsonl", rows[40:])}
+    return SMALL | data | {"model": ending, "eval_judge": "liking:like"}
+
+
+def made(out) -> dict[str, bytes]:
+    """All that must be the same however it came about: of every round what its manifest holds, the table, the model."""
+    files = tree(Path(out))
+    names = [
+        name for name in files if name.split("/")[0] == "rounds" and name.split("/")[2] in (*MADE, "manifest.json")
+    ]
+    names += [name for name in files if name.startswith("model/")]
+    return {name: files[name] for name in (*names, "rounds.json", "prompts.jsonl")}
+
+
+def test_a_whole_run_and_its_chain(palate, options):
+    result = palate.ok("spin", out="run", **options)
+    table = json.loads(Path("run/rounds.json").read_text())
+    assert [row["round"] for row in table["rounds"]] == [1, 2]
+    assert result["rounds"] == table["rounds"]
+    keys = "round parent pairs unparsed ties win_rate win_low win_high win_previous judge_accuracy length kl"
+    for row in table["rounds"]:
+        assert list(row)[:2] == ["round", "parent"] and not set(keys.split()) - set(row)
+        assert row["pairs"] + row["held"] + sum(row["left_out"].values()) == row["prompts"] == 40
+        assert row["win_low"] < row["win_rate"] < row["win_high"] and row["compared"] == 20
+        assert row["pairs"] > 10 and row["kl"] > 0 and 0 < row["ended"] <= 1
+    first, second = (Path(f"run/rounds/{n:02d}/manifest.json") for n in (1, 2))
+    assert table["rounds"][1]["parent"] == sha256_file(first) != table["rounds"][0]["parent"]
+    assert table["manifests"] == [sha256_file(first), sha256_file(second)]
+    assert table["rounds"][0]["win_previous"] == table["rounds"][0]["win_rate"]
+    assert table["rounds"][1]["trained"] == sum(row["pairs"] for row in table["rounds"])
+    assert [row["round"] for row in lines(Path("run/rounds/02/pairs.jsonl"))] == sorted(
+        [2] * table["rounds"][1]["pairs"] + [1] * table["rounds"][0]["pairs"], reverse=True
+    )
+    held = {row["prompt"] for n in (1, 2) for row in lines(Path(f"run/rounds/{n:02d}/held.jsonl"))}
+    trained = {row["prompt"] for n in (1, 2) for row in lines(Path(f"run/rounds/{n:02d}/pairs.jsonl"))}
+    assert len(held) <= 2 and not held & trained
+    palate.ok("spin", out="run", resume=True, **options)
+    assert "nothing to do" in palate.said
+    best = Path(f"run/rounds/{result['best']:02d}/model") if result["best"] else Path(options["model"])
+    assert Path("run/model/model.safetensors").read_bytes() == (best / "model.safetensors").read_bytes()
+
+
+def test_a_round_that_is_shown_worse_is_the_last_and_its_model_is_not_handed_back(palate, options):
+    result = palate.ok("spin", out="run", **options | {"eval_judge": "liking:dislike", "rounds": 3, "lr": 3e-3})
+    assert result["ended"] == "round 1 is shown worse than the model it began from"
+    (row,) = result["rounds"]
+    assert row["verdict"] == "worse" and row["win_high"] < 0.5
+    assert (result["best"], result["better"]) == (0, False)
+    start = Path(options["model"]) / "model.safetensors"
+    assert Path("run/model/model.safetensors").read_bytes() == start.read_bytes()
+    palate("spin", out="other", require_better=True, **options | {"eval_judge": "liking:dislike", "rounds": 1})
+    assert palate.code == 4
+
+
+@pytest.mark.slow
+def test_stage_by_stage_and_part_by_part_the_same_bytes(palate, options):
+    assert len(palate.ok("spin", out="whole", **options)["rounds"]) == 2
+    for _ in range(2):
+        for part in ("2/3", "3/3", "1/3"):
+            palate("spin", out="parts", stage="pair", **options)
+            assert palate.code == 2 and "waits for its stage sample" in palate.said
+            palate.ok("spin", out="parts", stage="sample", part=part, **options)
+        for stage in ("pair", "score", "train", "compare"):
+            palate.ok("spin", out="parts", stage=stage, **options)
+            palate.ok("spin", out="parts", stage=stage, **options) if stage in ("pair", "score", "train") else None
+    assert palate.result["best"] in (0, 1, 2)
+    assert made("parts") == made("whole")
+    palate("spin", out="parts", stage="judge", **options)
+    assert palate.code == 2 and "has no stage judge" in palate.said
+
+
+def test_the_chain_finds_what_was_changed(palate, options):
+    palate.ok("spin", out="run", **options)
+    record = Path("run/run.json")
+    record.write_text(record.read_text().replace('"status": "done"', '"status": "interrupted"'))
+    for name, what in (
+        ("rounds/01/samples/000.jsonl", "was changed"),
+        ("rounds/01/model/model.safetensors", "was changed"),
+        ("rounds/02/after/000.jsonl", "was changed"),
+        ("rounds/01/manifest.json", "was changed"),
+        ("rounds/02/manifest.json", "was changed"),
+    ):
+        path = Path("run") / name
+        kept = path.read_bytes()
+        path.write_bytes(kept.replace(b"1", b"2", 1))
+        for verb, arguments, more in (
+            ("spin", (), {"out": "run", "resume": True, **options}),
+            ("report", ("run",), {}),
+        ):
+            palate(verb, *arguments, **more)
+            assert palate.code == 3 and f"{path}: {what}" in palate.said, palate.said
+        path.write_bytes(kept)
+    Path("run/rounds.json").unlink()
+    manifest = Path("run/rounds/01/manifest.json")
+    manifest.write_text(manifest.read_text() + "\n")
+    palate("spin", out="run", resume=True, **options)
+    assert palate.code == 3 and "goes on from another round 1" in palate.said
+
+
+def test_data_that_changed_are_refused(palate, options):
+    palate.ok("spin", out="run", stage="sample", **options)
+    write_rows(options["data"], conversations(40))
+    palate("spin", out="run", resume=True, **options)
+    assert palate.code == 3 and "has changed since the run began" in palate.said
+    write_rows(options["data"], list(demonstrations(60))[:40])
+    palate("spin", out="run", resume=True, **options | {"temperature": 0.5})
+    assert palate.code == 3 and "temperature was 1.0, now 0.5" in palate.said
+
+
+def test_without_a_judge_the_row_says_so(palate, options):
+    result = palate.ok("spin", out="run", **options | {"eval_judge": None, "prompts": None, "rounds": 1})
+    (row,) = result["rounds"]
+    assert result["judge"] is None and row["win_rate"] is None and "nobody compared" in result["verdict"]
+    assert row["length"] > 0 and row["kl"] is not None and row["compared"] == 2  # what --eval holds out
+    assert result["best"] == 1
+
+
+def test_no_pairs_end_the_rounds_cleanly(palate, options, tiny):
+    result = palate.ok("spin", out="run", **options | {"model": tiny, "max_tokens": 2})  # nothing ends by itself
+    (row,) = result["rounds"]
+    assert (row["pairs"], row["win_rate"], result["best"], result["better"]) == (0, None, 0, False)
+    assert result["ended"] == "round 1 made no pairs: of 40 prompts 40 unfinished"
+    assert Path("run/model/model.safetensors").read_bytes() == (tiny / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ({"part": "1/2"}, "has no effect without --stage"),
+        ({"part": "3/2", "stage": "sample"}, "no part 3 of 2"),
+        ({"eval": "held.jsonl"}, "eval"),
+        ({"lam": "0,1"}, "lam"),
+        ({"rounds": 0}, "rounds"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(palate, options, wrong, said):
+    palate("spin", out="run", **options | wrong)
+    assert palate.code == 2 and said in palate.said and not Path("run").exists()
+
+
+def test_the_plan_writes_nothing(palate, options):
+    result = palate.ok("spin", out="run", dry_run=True, **options)
+    assert (result["prompts"], result["held"], result["rounds"]) == (40, 2, 2)
+    assert not Path("run").exists()
