@@ -36,15 +36,22 @@ def contest(this: "Round") -> dict[str, Any]:
     tables = {at: {r.prompt: [row] for r, row in zip(records, rows, strict=True)} for at, rows in sides.items()}
     for folder, table in tables.items():
         scored(judge, records, table, folder)
-    values = [row.get("score") for row in after]
     found = {
-        "length": sum(row["tokens"] for row in after) / len(after),
-        "ended": sum(row["finished"] for row in after) / len(after),
+        "length": mean(after, "tokens"),
+        "ended": mean(after, "finished"),
         "kl": drift.kl,
-        "score": None if None in values else sum(values) / len(values),
+        "score": mean(after, "score"),
+        "start_score": mean(start, "score"),
+        "start_length": mean(start, "tokens"),
         "compared": len(records),
     }
     return found if judge is None else found | matches(this, judge, records, tables, (own, begun, last), drift.kl)
+
+
+def mean(rows: Sequence[dict], key: str) -> float | None:
+    """The mean of a number over the rows; None where one has none."""
+    values = [row.get(key) for row in rows]
+    return None if None in values else sum(values) / len(values)
 
 
 def opened(this: "Round", records: Sequence):

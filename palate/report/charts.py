@@ -79,7 +79,7 @@ def draw(chart: Chart) -> str:
         if chart.share:
             axes.set_ylim(-0.02, 1.02)
             axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=chart.x == "step", steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=chart.x in ("step", "round"), steps=[1, 2, 5, 10]))
         if not chart.share:
             axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         axes.set_xlabel(chart.x, color=soft, labelpad=5)

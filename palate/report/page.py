@@ -16,6 +16,7 @@ from palate.report.episodes import episodes
 from palate.report.frontier import frontier, is_frontier
 from palate.report.reading import Reading, read_run
 from palate.report.road import is_road, road
+from palate.report.rounds import is_rounds, rounds
 from palate.report.sweep import is_sweep, sweep
 from palate.report.verdict import banner, tiles, verdict
 
@@ -51,7 +52,12 @@ def page(runs: Sequence[Reading]) -> str:
 
 def _whole(path: Path) -> Callable[[Path], str] | None:
     """What makes the page of a folder that holds several runs and what they came to; None for a run's folder."""
-    kinds = (("road", is_road, road), ("sweep", is_sweep, sweep), ("frontier", is_frontier, frontier))
+    kinds = (
+        ("road", is_road, road),
+        ("sweep", is_sweep, sweep),
+        ("frontier", is_frontier, frontier),
+        ("rounds", is_rounds, rounds),
+    )
     for name, is_one, shown in kinds:
         if is_one(path):
             return lambda path: _templates().get_template(f"{name}.html").render(shown(path))

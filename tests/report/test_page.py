@@ -289,7 +289,7 @@ def test_small_and_odd_runs(folder, report):
     path = folder("extra")
     (path / "notes.txt").write_text("mine")
     (path / "more").mkdir()
-    (path / "rounds.json").write_text("{")
+    (path / "notes.json").write_text("{")
     report(path)
 
 
