@@ -118,7 +118,7 @@ MEASURES: list[tuple[str, Callable[[Row], str]]] = [
     ("own judge's accuracy", _share("judge_accuracy")),
     ("unparsed", _number("unparsed", ",d")),
     ("ties", _number("ties", ",d")),
-    ("beta", _number("beta", "g")),
+    ("beta (lambda)", _number("beta", "g")),
 ]
 
 

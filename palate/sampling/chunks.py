@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from palate.errors import CheckpointError
-from palate.files import make_folder, read_json, write_json, write_json_lines
+from palate.files import make_folder, read_json, remove_file, write_json, write_json_lines
 from palate.run import read_lines
 
 Row = dict[str, Any]
@@ -70,7 +70,10 @@ class Chunks:
         todo = [(number * self.size, min(self.count, (number + 1) * self.size)) for number in self.missing(part)]
         done, whole = 0, sum(stop - start for start, stop in todo)
         for start, stop in todo:
-            write_json_lines(self.path(start // self.size), work(start, stop))
+            path = self.path(start // self.size)
+            for half in self.folder.glob(f".{path.name}.*.tmp"):  # of a process that was killed at it
+                remove_file(half)
+            write_json_lines(path, work(start, stop))
             done += stop - start
             if tell is not None:
                 tell(done, whole)

@@ -1,14 +1,22 @@
 """Rounds: stages one by one end as the whole does, the chain finds every change, data that changed are refused."""
 
 import json
+import os
+import random
+import subprocess
+import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
-from runs_kit import conversations, demonstrations, lines, tree, write_rows
+from faults import Crash, disk
+from runs_kit import conversations, demonstrations, flags, lines, tree, write_rows
 
 from palate.files import sha256_file
 from palate.recipes.chain import MADE
 
+ROOT = Path(__file__).parents[2]
 SMALL = dict(batch=4, steps=3, rounds=2, max_tokens=12, chunk=5, samples=1, device="cpu", lr=3e-4, lam="0.7,1")
 JUDGES = """
 def like(prompt, completion):
@@ -167,3 +175,101 @@ def test_the_plan_writes_nothing(palate, options):
     result = palate.ok("spin", out="run", dry_run=True, **options)
     assert (result["prompts"], result["held"], result["rounds"]) == (40, 2, 2)
     assert not Path("run").exists()
+
+
+# kills
+
+
+def judged(config, **more):
+    """Rounds whose samples a function judges: the best of three against the worst."""
+    from palate.data.sources import read_prompts
+    from palate.recipes.rounds import Way, by, run
+    from palate.sampling.judge import open_judge
+    from palate.sampling.pairing import best_and_worst, pairing
+
+    way = Way(
+        records=lambda this: read_prompts(config.data),
+        pair=lambda this, cases: pairing(best_and_worst(case.record.prompt, case.candidates) for case in cases),
+        beta=lambda number: 0.5,
+        candidates=3,
+        judge=lambda this: ("liking:like", by(open_judge("liking:like"))),
+    )
+    return run(config, way, verb="judged", say=lambda text="": None, **more)
+
+
+def config_of(options, out, **more):
+    from palate.recipes.rounds import RoundsConfig
+
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    del given["lam"]
+    return RoundsConfig(**given | {"out": out, "epochs": 1, "steps": 2, "report": False} | more)
+
+
+def test_rounds_with_a_judge_prefer_what_it_likes(palate, options):
+    result = judged(config_of(options, "run", rounds=1))
+    (row,) = result["rounds"]
+    assert row["pairs"] > 20 and (row["ties"], row["unparsed"]) == (
+        row["left_out"]["ties"],
+        row["left_out"]["unparsed"],
+    )
+    for pair in lines(Path("run/rounds/01/pairs.jsonl")):
+        assert len(pair["chosen"]) - len(pair["rejected"]) == pair["margin"] > 0
+
+
+def died(work, at) -> bool:
+    """Whether the work met a disk that is gone at operation `at`, and the process with it."""
+    with disk(at) as found:
+        try:
+            work()
+        except Crash:
+            return True
+        except BaseException:
+            assert found.dead
+            return True
+    return found.dead
+
+
+@pytest.mark.parametrize(
+    "shares", [(0.15, 0.75), pytest.param(tuple(n / 10 for n in range(1, 10)), marks=pytest.mark.slow)]
+)
+def test_dead_at_any_place_the_same_bytes(palate, options, monkeypatch, tmp_path, shares):
+    """Operations of the disk spread over sampling, judging, pairs, scoring, training, comparing and the manifests."""
+    with disk() as counted:
+        judged(config_of(options, "whole", rounds=1))
+    chance = random.Random(7)
+    for trial, share in enumerate(shares):
+        monkeypatch.setenv("PALATE_CACHE", str(tmp_path / f"cache-{trial}"))
+        out, at = f"run-{trial}", int(counted.count * share) + chance.randrange(8)
+        assert died(partial(judged, config_of(options, out, rounds=1)), at)
+        judged(config_of(options, out, rounds=1, resume=Path(out, "run.json").exists()))
+        assert made(out) == made("whole")
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_the_same_bytes(tmp_path, options):
+    """SIGKILL in the middle of whatever it does, four times; examples/self_play.py kills twenty times."""
+    chance = random.Random(3)
+
+    def start(out):
+        code = "import sys; from palate.cli import main; sys.exit(main())"
+        resume = ["--resume"] if (tmp_path / out / "run.json").exists() else []
+        argv = [sys.executable, "-c", code, "spin", *flags(**options, out=out), *resume]
+        environment = os.environ | {"PALATE_CACHE": str(tmp_path / f"cache-{out}"), "PYTHONPATH": str(ROOT)}
+        return subprocess.Popen(argv, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    began = time.monotonic()
+    process = start("whole")
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said.decode()
+    whole, met = time.monotonic() - began, 0
+    for _ in range(4):
+        process = start("killed")
+        time.sleep(chance.uniform(0.3, 0.9) * whole)
+        met += process.poll() is None
+        process.kill()
+        process.communicate()
+    process = start("killed")
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said.decode()
+    assert met >= 2
+    assert made(tmp_path / "killed") == made(tmp_path / "whole")
