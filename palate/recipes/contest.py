@@ -14,7 +14,7 @@ from palate.recipes.generate import check_prompts, encoded
 from palate.recipes.verbs import every_tenth
 
 if TYPE_CHECKING:
-    from palate.recipes.rounds import Round
+    from palate.recipes.rounds import Round, RoundsConfig
 
 EVALUATION = 2**31  # added to the seed of what is sampled here
 
@@ -27,7 +27,7 @@ def contest(this: "Round") -> dict[str, Any]:
     if not file.stat().st_size:
         return {}
     records = read_prompts(str(file))
-    judge = opened(this, records)
+    judge = opened(this.config, records)
     begun, own = chain.folder_of(this.out, 1) / "before", this.folder / "after"
     last = chain.folder_of(this.out, this.number - 1) / "after" if this.number > 1 else begun
     after = completed(this, records, str(this.folder), own, drift, "after")
@@ -54,14 +54,14 @@ def mean(rows: Sequence[dict], key: str) -> float | None:
     return None if None in values else sum(values) / len(values)
 
 
-def opened(this: "Round", records: Sequence):
-    """The judge that compares; None where nobody does."""
+def opened(config: "RoundsConfig", records: Sequence):
+    """The judge that compares, which knows these prompts; None where nobody compares."""
     from palate.sampling.judge import open_judge
 
-    name = this.config.compared_by
+    name = config.compared_by
     if name is None:
         return None
-    judge = open_judge(name, device=this.config.device, seed=this.config.seed)
+    judge = open_judge(name, device=config.device, seed=config.seed)
     if name == "rule":
         check_prompts(judge, records)
     return judge

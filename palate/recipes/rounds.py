@@ -9,7 +9,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 
 from palate.errors import DataError, Interrupted, MachineError, NotBetterError, PalateError, UsageError
 from palate.recipes import chain, stages
+from palate.recipes.plan import check_disk
 from palate.recipes.rows import held_out, prompt_key
 from palate.recipes.training import MAY_CHANGE, TrainingConfig, open_folder, reported, resolved
 from palate.recipes.verbs import Say, aligned, check_model_options, number, stderr
@@ -99,9 +100,10 @@ class RoundsConfig(TrainingConfig):
 class Way:
     """How a method makes pairs; all else is the engine's.
 
-    records: (round) -> the records whose prompts are sampled, as reading gives them; called once a process and round.
+    read: () -> what --data holds; called once a process, before anything is written.
     pair: (round, cases) -> Pairing, of `palate.sampling.pairing`.
     beta: (number of the round) -> beta of its loss.
+    records: (round) -> the records whose prompts are sampled; default: what was read.
     candidates: samples of each prompt.
     judge: (round) -> (its name, Scorer) of the samples; None: they are not judged.
     keeps_previous: whether a round trains on the pairs of the round before too.
@@ -109,9 +111,10 @@ class Way:
     extra: (round, cases, pairing) -> further columns of the round's row, of plain values.
     """
 
-    records: Callable[["Round"], Any]
+    read: Callable[[], Any]
     pair: Callable[["Round", Sequence["Case"]], Any]
     beta: Callable[[int], float]
+    records: Callable[["Round"], Any] | None = None
     candidates: int = 1
     judge: Callable[["Round"], tuple[str, Scorer]] | None = None
     keeps_previous: bool = False
@@ -134,7 +137,10 @@ class Case:
 
 @dataclass
 class Round:
-    """A round. number: from 1. start: the model it samples, trains and stays close to; first: that of round 1."""
+    """A round. number: from 1. start: the model it samples, trains and stays close to; first: that of round 1.
+
+    data: what the way read.
+    """
 
     config: RoundsConfig
     way: Way
@@ -142,6 +148,7 @@ class Round:
     number: int
     start: str
     first: str
+    data: Any
     say: Say = stderr
 
     @property
@@ -161,8 +168,8 @@ class Round:
 
     @cached_property
     def records(self):
-        """What the way gives for this round."""
-        return self.way.records(self)
+        """What is sampled in this round."""
+        return self.way.records(self) if self.way.records else self.data
 
     @cached_property
     def held(self) -> set[str]:
@@ -223,20 +230,27 @@ def run(config: RoundsConfig, way: Way, *, verb: str, argv=(), say: Say = stderr
     Raises what reading, loading, sampling, judging and training raise; CheckpointError where a finished round is not
     what it was; Interrupted, after which --resume goes on; NotBetterError under --require-better.
     """
+    from palate.distributed import Ranks
+
     if config.stage is not None:
         if config.stage not in way.stages:
             what = f"palate {verb} has no stage {config.stage}"
             raise UsageError(what, where="stage", code="E308", next=f"use one of {', '.join(way.stages)}")
         config = config.model_copy(update={"resume": Path(config.out or "").is_dir()})
+    if Ranks.current().data_size > 1:
+        raise UsageError(f"palate {verb} runs in one process", code="E308", next="start it without torchrun")
     check_model_options(config, config.model)
     out, ended = open_folder(config, verb, say)
     if ended is not None:
         return ended
     chain.verify(out)
+    this = Round(config, way, out, 1, config.model, config.model, way.read(), say)
     if config.dry_run:
-        return plan(config, way, out, say)
+        return plan(this)
+    if not chain.rows(out):
+        check(this)
     try:
-        result = _begun(config, way, out, verb, list(argv), say, panel)
+        result = _begun(this, verb, list(argv), panel)
     except (Interrupted, KeyboardInterrupt) as error:
         go_on = f"palate {verb} -c {out / 'config.yaml'} --resume --out {out}"
         interrupted = Interrupted(str(getattr(error, "what", "interrupted")), next=go_on)
@@ -254,9 +268,23 @@ def run(config: RoundsConfig, way: Way, *, verb: str, argv=(), say: Say = stderr
     return result
 
 
-def _begun(config: RoundsConfig, way: Way, out: Path, verb: str, argv: list, say: Say, panel) -> dict[str, Any]:
+def check(this: Round) -> None:
+    """Nothing, where model, prompts and judge can be used, and the disk has room; else what they raise."""
+    from palate.recipes.contest import opened
+
+    config = this.config
+    if this.way.start is None:
+        check_disk(config, this.loaded.model, this.out)
+        assert this.asked
+    if config.compared_on is not None:
+        opened(config, stages.read_compared(config))
+
+
+def _begun(this: Round, verb: str, argv: list, panel) -> dict[str, Any]:
     """The rounds within the run folder of the whole, which a single stage leaves unfinished."""
     from palate.run import Run
+
+    config, out = this.config, this.out
 
     def begin() -> Run:
         return Run.create(
@@ -271,10 +299,10 @@ def _begun(config: RoundsConfig, way: Way, out: Path, verb: str, argv: list, say
 
     if config.part is not None:  # one of several processes: none of them owns the folder
         _made(out, begin)
-        return _rounds(config, way, out, argv, say, panel)
+        return _rounds(this, argv, panel)
     with begin() as run:
-        say(f"run: {out} · {run.record['hardware']}")
-        result = _rounds(config, way, out, argv, say, panel)
+        this.say(f"run: {out} · {run.record['hardware']}")
+        result = _rounds(this, argv, panel)
         if "rounds" in result:
             run.finish(result)
         else:
@@ -296,12 +324,15 @@ def _made(out: Path, begin: Callable) -> None:
     raise MachineError("is held by a process that does not begin", where=str(out), code="E503", next="look at it")
 
 
-def _rounds(config: RoundsConfig, way: Way, out: Path, argv: list, say: Say, panel) -> dict[str, Any]:
-    """The rounds from the first unfinished one on; with --stage, that stage of it."""
+def _rounds(this: Round, argv: list, panel) -> dict[str, Any]:
+    """The rounds from the first unfinished one on; with --stage, that stage of it. this: round 1."""
+    config, way, out = this.config, this.way, this.out
     first = way.start(out) if way.start else config.model
     while (ended := end_of(config, chain.rows(out))) is None:
-        done = len(chain.rows(out))
-        this = Round(config, way, out, done + 1, str(chain.folder_of(out, done)) if done else first, first, say)
+        number = len(chain.rows(out)) + 1
+        start = str(chain.folder_of(out, number - 1)) if number > 1 else first
+        if (this.number, this.start) != (number, start):
+            this = replace(this, number=number, start=start, first=first)
         stages.open_round(this)
         for stage in [config.stage] if config.stage else [name for name in way.stages if name != "score"]:
             stages.check_ready(this, stage)
@@ -314,7 +345,7 @@ def _rounds(config: RoundsConfig, way: Way, out: Path, argv: list, say: Say, pan
             this.tell(sentence(table["rounds"][-1]))
         if config.stage is not None and end_of(config, chain.rows(out)) is None:
             return {"out": str(out), "stage": config.stage, "summary": [stages.standing(this, config.stage)]}
-    return finish(config, out, first, ended, say)
+    return finish(config, out, first, ended)
 
 
 def end_of(config: RoundsConfig, rows: Sequence[Row]) -> str | None:
@@ -338,7 +369,7 @@ def best_of(rows: Sequence[Row]) -> int:
     return trained[-1]["round"] if trained else 0
 
 
-def finish(config: RoundsConfig, out: Path, first: str, ended: str, say: Say) -> dict[str, Any]:
+def finish(config: RoundsConfig, out: Path, first: str, ended: str) -> dict[str, Any]:
     """The best round's model in `model/`, the table, and the result object."""
     rows = chain.rows(out)
     best = best_of(rows)
@@ -416,9 +447,9 @@ def lines(rows: Sequence[Row], best: int) -> list[str]:
     return aligned(table, right=range(1, len(head)))
 
 
-def plan(config: RoundsConfig, way: Way, out: Path, say: Say) -> dict[str, Any]:
+def plan(this: Round) -> dict[str, Any]:
     """What the rounds would be, before anything is sampled or written."""
-    this = Round(config, way, out, 1, config.model, config.model, say)
+    config, way = this.config, this.way
     held = sum(prompt_key(record) in this.held for record, _ in this.asked)
     count = len(this.asked)
     trained = (count - held) * (2 if way.keeps_previous and config.rounds > 1 else 1)

@@ -6,6 +6,7 @@ Departs: a sample that was cut makes no pair, since its end would tell it from a
 """
 
 import math
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -29,7 +30,7 @@ def run(config: SpinConfig, *, verb: str = "spin", argv=(), say=stderr, panel=No
     """Trains --model on the demonstrations of --data against its own samples; the result object of --json."""
     for line in warnings(config):
         say(line)
-    way = Way(records=records, pair=pair, beta=lambda number: lam(config, number), keeps_previous=True)
+    way = Way(partial(read, config), pair, beta=lambda number: lam(config, number), keeps_previous=True)
     return go(config, way, verb=verb, argv=argv, say=say, panel=panel)
 
 
@@ -38,11 +39,10 @@ def lam(config: SpinConfig, number: int) -> float:
     return config.lam[min(number, len(config.lam)) - 1]
 
 
-def records(this: Round):
+def read(config: SpinConfig):
     """The demonstrations; of a conversation up to its first reply."""
     from palate.data.sources import read_demonstrations
 
-    config = this.config
     return read_demonstrations(
         config.data, columns=config.columns or None, format=config.format, bad_rows=config.bad_rows
     )

@@ -12,7 +12,7 @@ from palate.recipes.training import Paused, TrainingConfig, refuse_other_data, r
 from palate.recipes.verbs import every_tenth
 
 if TYPE_CHECKING:
-    from palate.recipes.rounds import Case, Round
+    from palate.recipes.rounds import Case, Round, RoundsConfig
 
 # the columns of a row that training and comparing fill; null where nobody does
 LATER = ("win_rate", "win_low", "win_high", "win_previous", "judge_accuracy", "length", "kl", "ended", "score",
@@ -24,26 +24,33 @@ CHUNKED = {"sample": "samples", "judge": "judged"}  # stage -> its folder of chu
 
 def open_round(this: "Round") -> None:
     """Writes down what the rounds are made of, or refuses files that have changed since; takes old checkpoints away."""
-    from palate.data.sources import read_prompts
     from palate.files import make_folder, remove_tree, write_json, write_json_lines
+    from palate.recipes.contest import opened
     from palate.recipes.generate import plain_prompt
 
     for number in range(1, this.number):  # nothing goes on from there
         remove_tree(chain.folder_of(this.out, number) / "checkpoints")
     sources = [dict(source, role="train") for source in getattr(this.records, "sources", [])]
-    file = this.config.compared_on
-    if file is not None:
-        records = read_prompts(file, format=this.config.format if file == this.config.prompts else None)
-        sources += [dict(source, role="compared on") for source in records.sources]
+    compared = None if this.config.compared_on is None else read_compared(this.config)
+    sources += [dict(source, role="compared on") for source in (compared.sources if compared else [])]
     refuse_other_data(this.out, sources)
     make_folder(this.folder)
     if not (this.out / "data.json").exists():
         write_json(this.out / "data.json", {"sources": sources, "notes": list(getattr(this.records, "notes", []))})
     if not (this.out / "prompts.jsonl").exists():
-        if file is None:
-            records = [record for record in this.records if prompt_key(record) in this.held]
-        prompts = dict.fromkeys(record.prompt for record in records)
+        if compared is None:
+            compared = [record for record in this.records if prompt_key(record) in this.held]
+            opened(this.config, compared)
+        prompts = dict.fromkeys(record.prompt for record in compared)
         write_json_lines(this.out / "prompts.jsonl", [{"prompt": plain_prompt(prompt)} for prompt in prompts])
+
+
+def read_compared(config: "RoundsConfig"):
+    """The prompts of the file that rounds are compared on."""
+    from palate.data.sources import read_prompts
+
+    format = config.format if config.compared_on == config.prompts else None
+    return read_prompts(config.compared_on, format=format)
 
 
 def check_ready(this: "Round", stage: str) -> None:

@@ -171,6 +171,20 @@ def test_what_cannot_be_is_refused_before_anything_is_written(palate, options, w
     assert palate.code == 2 and said in palate.said and not Path("run").exists()
 
 
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"model": "nowhere/model"}, "nowhere/model"),
+        ({"prompts": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"eval_judge": "rule"}, "the rule knows the requests of builtin:prompts alone"),
+    ],
+)
+def test_what_is_not_there_is_refused_before_anything_is_written(palate, options, wrong, said):
+    palate("spin", out="run", **options | wrong)
+    assert palate.code == 3 and said in palate.said and not Path("run").exists()
+
+
 def test_the_plan_writes_nothing(palate, options):
     result = palate.ok("spin", out="run", dry_run=True, **options)
     assert (result["prompts"], result["held"], result["rounds"]) == (40, 2, 2)
@@ -188,7 +202,7 @@ def judged(config, **more):
     from palate.sampling.pairing import best_and_worst, pairing
 
     way = Way(
-        records=lambda this: read_prompts(config.data),
+        read=lambda: read_prompts(config.data),
         pair=lambda this, cases: pairing(best_and_worst(case.record.prompt, case.candidates) for case in cases),
         beta=lambda number: 0.5,
         candidates=3,

@@ -1,0 +1,242 @@
+"""Rounds without human preferences on the built-in world: does SPIN gain, and more than going on with SFT?
+
+    python examples/self_play.py spin --work FOLDER [--seeds 0 1 2] [--out docs/results.md]
+    python examples/self_play.py kills --work FOLDER     # twenty times SIGKILL in a run of two rounds
+
+The settings were fixed on seed 100. Runs that are in the folder already are gone on with, or read.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from built_in_world import palate
+
+LIGHT = ("--data", "builtin:demonstrations[:400]", "--eval", "none", "--steps", 2, "--batch", 32, "--lr", 2e-4)
+DATA, ROUNDS, BATCH = "builtin:demonstrations[400:1200]", 4, 64
+PROMPTS = "builtin:prompts[:300]"
+SAMPLING = ("--max-tokens", 96, "--temperature", 1.0)
+WAYS = {  # name -> lambda by round, rate
+    "SPIN, lambda 0.1": ("0.1", 5e-5),
+    "SPIN, lambda 1": ("1", 2e-4),
+    "SPIN, lambda 0.1, 0.1, 0.1, 5": ("0.1,0.1,0.1,5", 5e-5),
+}
+SFT_RATE = 2e-4
+
+
+def spin(args, keep) -> None:
+    """Per seed: a light start, SPIN at each lambda, SFT on the same data for as many steps, and the data themselves."""
+    for seed in args.seeds:
+        start = args.work / f"start {seed}"
+        trained("sft", start, "--model", "builtin:base", *LIGHT, "--seed", seed)
+        steps = 0
+        for name in args.only:
+            lam, rate = WAYS[name]
+            began, run = time.perf_counter(), args.work / f"{name} {seed}"
+            options = ("--data", DATA, "--lam", lam, "--lr", rate, "--epochs", 1, "--rounds", args.rounds, *SAMPLING)
+            options += ("--batch", BATCH, "--prompts", PROMPTS, "--samples", 0, "--seed", seed)
+            found = trained("spin", run, "--model", start, *options)
+            steps = max(steps, sum(taken(run / "rounds" / f"{row['round']:02d}") for row in found["rounds"]))
+            rows = [{key: row[key] for key in KEPT} for row in found["rounds"]]
+            keep({"data": name, "seed": seed, "rounds": rows, "best": found["best"], "ended": found["ended"],
+                  "seconds": time.perf_counter() - began})  # fmt: skip
+        began, run = time.perf_counter(), args.work / f"sft {seed}"
+        options = ("--data", DATA, "--eval", "none", "--lr", SFT_RATE, "--batch", BATCH, "--steps", steps)
+        trained("sft", run, "--model", start, *options, "--samples", 0, "--seed", seed)
+        keep({"data": "SFT goes on", "seed": seed, "steps": steps} | compared(args, run, start, seed)
+             | {"seconds": time.perf_counter() - began})  # fmt: skip
+        keep({"data": "the data", "seed": seed} | compared(args, written(args.work, seed), start, seed))
+
+
+KEPT = ("round", "win_rate", "win_low", "win_high", "win_previous", "score", "start_score", "kl", "length", "pairs",
+        "beta", "accuracy", "chosen_logp", "format_accuracy", "format_low", "format_high", "verdict")  # fmt: skip
+
+
+def trained(verb: str, out: Path, *options: object) -> dict:
+    """The result of a run, which is gone on with where it is there."""
+    return palate(verb, *options, "--log-every", 1000, "--out", out, *(("--resume",) if out.exists() else ()))
+
+
+def taken(run: Path) -> int:
+    """Optimizer steps of a run."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return max((line["step"] for line in lines), default=0)
+
+
+def compared(args, one: Path, start: Path, seed: int) -> dict:
+    """A model or a file of completions against the start, by the rule."""
+    out = args.work / f"compare {one.name}"
+    if not (out / "comparison.json").exists():
+        palate("compare", one, start, "--data", PROMPTS, "--judge", "rule", *SAMPLING, "--seed", seed, "--out", out)
+    found = json.loads((out / "comparison.json").read_text())
+    return {key: found[key] for key in ("win_rate", "low", "high", "reward", "kl", "length")}
+
+
+def written(work: Path, seed: int) -> Path:
+    """What the writers of the demonstrations say to the held-out prompts: the law that SPIN has as its goal."""
+    from palate.data.sources import read_prompts
+    from palate.worlds.reviews import Writer, request_of
+
+    chance, path = random.Random(f"self play {seed}"), work / f"data {seed}.jsonl"
+    rows = [
+        {"prompt": [{"role": m.role, "content": m.content} for m in record.prompt],
+         "completion": Writer(chance.random()).review(request_of(record.prompt), chance)}
+        for record in read_prompts(PROMPTS)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def kills(args, keep) -> None:
+    """`palate spin` of two rounds, SIGKILLed twenty times at random moments and resumed, against the run left alone."""
+    chance = random.Random(args.kill_seed)
+    args.work.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-c", "from palate.cli import entry; entry()", "spin", "--model", "builtin:tiny"]
+    command += ["--data", "builtin:demonstrations[:240]", "--prompts", "builtin:prompts[:64]", "--rounds", "2"]
+    command += [
+        "--lam",
+        "1",
+        "--epochs",
+        "1",
+        "--batch",
+        "16",
+        "--max-tokens",
+        "64",
+        "--chunk",
+        "16",
+        "--save-every",
+        "1",
+    ]
+
+    def begin(out: Path):
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PALATE_CACHE": str(args.work / f"cache-{out.name}")}
+        log = (args.work / f"{out.name}.log").open("a")
+        resume = ["--resume"] if (out / "run.json").exists() else []
+        return subprocess.Popen([*command, "--out", str(out), *resume], env=environment, stdout=log, stderr=log)
+
+    alone, killed, began = args.work / "alone", args.work / "killed", time.perf_counter()
+    if begin(alone).wait() != 0:
+        raise SystemExit((args.work / "alone.log").read_text())
+    span, where = time.perf_counter() - began, []
+    while len(where) < 20:
+        process = begin(killed)
+        time.sleep(chance.uniform(0, 0.15) * span + chance.uniform(2, 6))
+        process.kill()
+        if process.wait() != -signal.SIGKILL:
+            raise SystemExit(f"it ended by itself after {where}\n" + (args.work / "killed.log").read_text())
+        where.append(moment(killed))
+    if begin(killed).wait() != 0:
+        raise SystemExit((args.work / "killed.log").read_text())
+    same = {name: data == made(killed).get(name) for name, data in made(alone).items()}
+    keep({"data": "kills", "seed": args.kill_seed, "kills": len(where), "where": where, "files": len(same),
+          "same": all(same.values()) and len(same) == len(made(killed)), "alone": span,
+          "seconds": time.perf_counter() - began})  # fmt: skip
+
+
+def made(out: Path) -> dict[str, bytes]:
+    """All files that the manifests name, the manifests, the table and the model."""
+    paths = [out / "rounds.json", *sorted((out / "model").iterdir())]
+    for manifest in sorted(out.glob("rounds/*/manifest.json")):
+        paths += [manifest, *(manifest.parent / name for name in json.loads(manifest.read_text())["files"])]
+    return {str(path.relative_to(out)): path.read_bytes() for path in paths}
+
+
+def moment(out: Path) -> str:
+    """How far a killed run was."""
+    if not (folders := sorted(out.glob("rounds/*"))):
+        return "before round 1"
+    last = folders[-1]
+    for name, what in (("manifest.json", "done"), ("after", "comparing"), ("model", "trained"),
+                       ("metrics.jsonl", "training"), ("pairs.json", "scoring"), ("samples", "sampling")):  # fmt: skip
+        if (last / name).exists():
+            return f"round {int(last.name)}, {what}"
+    return f"round {int(last.name)}, beginning"
+
+
+def show(rows) -> str:
+    """The section of the page."""
+    lines = [
+        "## Rounds without human preferences: SPIN on the built-in world",
+        "",
+        "The start: `builtin:base` after 2 steps of SFT on `builtin:demonstrations[:400]`. `palate spin` on",
+        f"`{DATA}`, one pass over the pairs a round, batches of {BATCH}; *SFT goes on*: the",
+        f"same demonstrations, as many optimizer steps of {BATCH} as the rounds took together (rate {SFT_RATE:g}); *the",
+        "data*: new texts by the writers of the demonstrations, the law that SPIN has as its goal. Wins: one sample of",
+        f"each of `{PROMPTS}` at temperature 1 against the start's, by the world's rule, ties half, 95 %",
+        "intervals; *before*: against the model that the round began from. Format: how well format alone tells",
+        "demonstrations from samples; one half is chance. *: the round whose model is handed back.",
+        "The settings were fixed on seed 100.",
+        "",
+        "| what | seed | round | wins against the start | before | rule's mean | KL | length | format |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in [row for row in rows if row["data"] != "kills"]:
+        if "rounds" not in r:
+            share = f"{r['win_rate']:.1%} [{r['low']:.1%}, {r['high']:.1%}]"
+            kl = "" if r["kl"] is None else f"{r['kl']:.2f}"
+            length = "" if not r["length"] else f"{r['length']['after']:.1f}"
+            mean = f"{r['reward']['before']:.2f} → {r['reward']['after']:.2f}"
+            lines.append(f"| {r['data']} | {r['seed']} | | {share} | | {mean} | {kl} | {length} | |")
+            continue
+        for row in r["rounds"]:
+            share = f"{row['win_rate']:.1%} [{row['win_low']:.1%}, {row['win_high']:.1%}]"
+            told = f"{row['format_accuracy']:.1%} [{row['format_low']:.1%}, {row['format_high']:.1%}]"
+            lines.append(
+                f"| {r['data']} | {r['seed']} | {row['round']}{' *' if row['round'] == r['best'] else ''} | {share} | "
+                f"{row['win_previous']:.1%} | {row['start_score']:.2f} → {row['score']:.2f} | {row['kl']:.2f} | "
+                f"{row['length']:.1f} | {told} |"
+            )
+    lines += ["", *(sentence(rows, name) for name in WAYS if any(row["data"] == name for row in rows))]
+    for r in [row for row in rows if row["data"] == "kills"]:
+        word = "the same bytes" if r["same"] else "DIFFERENT BYTES"
+        lines += ["", f"{r['kills']} times SIGKILL in a run of two rounds that takes {r['alone']:.0f} s alone "
+                  f"({'; '.join(r['where'])}): {word} in all of {r['files']} files."]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def sentence(rows, name: str) -> str:
+    """What the seeds say of one way: gains by round, and its best round against SFT and the data."""
+    by = {(row["data"], row["seed"]): row for row in rows}
+    seeds = sorted(seed for data, seed in by if data == name)
+    mine = [by[name, seed]["rounds"] for seed in seeds]
+    gains = []
+    for number in range(max(map(len, mine))):
+        there = [found for found in mine if len(found) > number]
+        rises = [f[number]["score"] - (f[number - 1]["score"] if number else f[0]["start_score"]) for f in there]
+        gains.append(f"{sum(rises) / len(rises):+.2f}")
+    best = [max(row["score"] for row in found) for found in mine]
+    told = f"{name}: the rule's mean moves by {', '.join(gains)} a round"
+    for other in ("SFT goes on", "the data"):
+        theirs = [by[other, seed]["reward"]["after"] for seed in seeds if (other, seed) in by]
+        above = sum(a > b for a, b in zip(best, theirs, strict=False))
+        if theirs:
+            told += f"; its best round is above {other} on {above} of {len(theirs)} seeds"
+    return f"- {told}."
+
+
+def main() -> int:
+    """A section on its seeds."""
+    import real_input
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("section", choices=["spin", "kills"])
+    parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--only", nargs="*", choices=WAYS, default=list(WAYS), help="some of the lambdas")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--kill-seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--out", type=Path, default=Path("docs/results.md"), help="page to write; rows lie beside it")
+    args = parser.parse_args()
+    args.quick, args.work = False, args.work.resolve()
+    {"spin": spin, "kills": kills}[args.section](args, real_input.keeper(args, "spin"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
