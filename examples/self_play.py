@@ -23,9 +23,10 @@ DATA, ROUNDS, BATCH = "builtin:demonstrations[400:1200]", 4, 64
 PROMPTS = "builtin:prompts[:300]"
 SAMPLING = ("--max-tokens", 96, "--temperature", 1.0)
 WAYS = {  # name -> lambda by round, rate
-    "SPIN, lambda 0.1": ("0.1", 5e-5),
     "SPIN, lambda 1": ("1", 2e-4),
-    "SPIN, lambda 0.1, 0.1, 0.1, 5": ("0.1,0.1,0.1,5", 5e-5),
+    "SPIN, lambda 0.1": ("0.1", 2e-4),
+    "SPIN, lambda 0.1, a quarter of the rate": ("0.1", 5e-5),
+    "SPIN, lambda 0.1, 0.1, 0.1, 5, a quarter of the rate": ("0.1,0.1,0.1,5", 5e-5),
 }
 SFT_RATE = 2e-4
 
@@ -165,7 +166,7 @@ def show(rows) -> str:
         "## Rounds without human preferences: SPIN on the built-in world",
         "",
         "The start: `builtin:base` after 2 steps of SFT on `builtin:demonstrations[:400]`. `palate spin` on",
-        f"`{DATA}`, one pass over the pairs a round, batches of {BATCH}; *SFT goes on*:",
+        f"`{DATA}`, one pass over the pairs a round, batches of {BATCH}, rate 2e-4; *SFT goes on*:",
         f"the same demonstrations, as many steps of {BATCH} as the rounds took together (rate {SFT_RATE:g}); *the",
         "data*: new texts by the writers of the demonstrations, the law that SPIN has as its goal. Wins: one sample of",
         f"each of `{PROMPTS}` at temperature 1 against the start's, by the world's rule, ties half, 95 %",

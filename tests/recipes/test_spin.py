@@ -137,12 +137,12 @@ def test_demonstrations_that_are_the_models_own_samples_are_not_told_apart_by_fo
 
 
 def test_lambda_by_round_and_its_warning(palate, options):
-    config = SpinConfig(model="m", data="d", rounds=5)
+    assert warnings(SpinConfig(model="m", data="d")) == []
+    config = SpinConfig(model="m", data="d", rounds=5, lam=[0.1, 0.1, 0.1, 5])
     assert [lam(config, number) for number in range(1, 6)] == [0.1, 0.1, 0.1, 5.0, 5.0]
     (warned,) = warnings(config)
     assert "lambda 0.1 is below 1/2" in warned and "by -9" in warned
-    assert warnings(SpinConfig(model="m", data="d", rounds=1)) == []
-    assert warnings(SpinConfig(model="m", data="d", lam=[1.0])) == []
+    assert warnings(config.model_copy(update={"rounds": 1})) == []
     assert "swing" in warnings(SpinConfig(model="m", data="d", lam=[0.5]))[0]
     assert "0.2, 0.4 is below" in warnings(SpinConfig(model="m", data="d", lam=[0.4, 0.2, 2]))[0]
     result = palate.ok("spin", out="run", dry_run=True, **options | {"lam": "0.1,2", "rounds": 3})
