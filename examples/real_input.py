@@ -484,6 +484,8 @@ python examples/ppo_world.py --work runs/ppo
 python examples/sentiment_ppo.py --model SmolLM2-135M-Instruct --data-dir "$PALATE_TEST_DATA" --work runs/sentiment
 python examples/reward_truth.py listed --work runs/truth
 python examples/reward_truth.py reviews --work runs/truth
+python examples/self_play.py spin --work runs/play
+python examples/self_play.py kills --work runs/play-kills
 ```
 """
 
@@ -664,6 +666,7 @@ SHOWN = {
     "sentiment": show_by("sentiment_ppo"),
     "frontier": show_by("frontier"),
     "reward": show_by("reward_truth"),
+    "spin": show_by("self_play"),
 }
 SECTIONS = {"scores": scores, "train": train, "reload": reload, "kills": kills, "pretrain": pretrain}
 

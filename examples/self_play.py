@@ -124,10 +124,12 @@ def kills(args, keep) -> None:
     alone, killed, began = args.work / "alone", args.work / "killed", time.perf_counter()
     if begin(alone).wait() != 0:
         raise SystemExit((args.work / "alone.log").read_text())
-    span, where = time.perf_counter() - began, []
+    span, whole, where = time.perf_counter() - began, progress(alone), []
     while len(where) < 20:
-        process = begin(killed)
-        time.sleep(chance.uniform(0, 0.15) * span + chance.uniform(2, 6))
+        process, until = begin(killed), progress(killed) + chance.randint(0, whole // 12)
+        while progress(killed) < until and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(chance.uniform(0, span / 60))
         process.kill()
         if process.wait() != -signal.SIGKILL:
             raise SystemExit(f"it ended by itself after {where}\n" + (args.work / "killed.log").read_text())
@@ -138,6 +140,12 @@ def kills(args, keep) -> None:
     keep({"data": "kills", "seed": args.kill_seed, "kills": len(where), "where": where, "files": len(same),
           "same": all(same.values()) and len(same) == len(made(killed)), "alone": span,
           "seconds": time.perf_counter() - began})  # fmt: skip
+
+
+def progress(out: Path) -> int:
+    """Chunks of the rounds, and lines of what they log."""
+    logs = sum(path.read_bytes().count(b"\n") for path in out.glob("rounds/*/metrics.jsonl"))
+    return logs + len(list(out.glob("rounds/*/*.json*"))) + len(list(out.glob("rounds/*/*/[0-9]*.jsonl")))
 
 
 def made(out: Path) -> dict[str, bytes]:
