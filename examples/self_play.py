@@ -52,7 +52,9 @@ def spin(args, keep) -> None:
         trained("sft", run, "--model", start, *options, "--samples", 0, "--seed", seed)
         keep({"data": "SFT goes on", "seed": seed, "steps": steps} | compared(args, run, start, seed)
              | {"seconds": time.perf_counter() - began})  # fmt: skip
-        keep({"data": "the data", "seed": seed} | compared(args, written(args.work, seed), start, seed))
+        began = time.perf_counter()
+        row = compared(args, written(args.work, seed), start, seed)
+        keep({"data": "the data", "seed": seed} | row | {"seconds": time.perf_counter() - began})
 
 
 KEPT = ("round", "win_rate", "win_low", "win_high", "win_previous", "score", "start_score", "kl", "length", "pairs",
@@ -126,7 +128,7 @@ def kills(args, keep) -> None:
         raise SystemExit((args.work / "alone.log").read_text())
     span, whole, where = time.perf_counter() - began, progress(alone), []
     while len(where) < 20:
-        process, until = begin(killed), progress(killed) + chance.randint(0, whole // 12)
+        process, until = begin(killed), whole * (len(where) + chance.random()) / 21
         while progress(killed) < until and process.poll() is None:
             time.sleep(0.005)
         time.sleep(chance.uniform(0, span / 60))
