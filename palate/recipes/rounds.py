@@ -70,6 +70,9 @@ class RoundsConfig(TrainingConfig):
         k, n = self.shares
         if k > n:
             raise UsageError(f"there is no part {k} of {n}", where="part", code="E307", next="count from 1 to N")
+        if self.eval_judge is not None and self.compared_on is None and self.eval == "none":
+            what = "has nothing to judge: no prompts are held out"
+            raise UsageError(what, where="eval_judge", code="E316", next="give --prompts, or leave --eval out")
         if self.stage is not None and self.out is None:
             raise UsageError("needs --out", where="stage", code="E313", next="name the folder that stages share")
         return self

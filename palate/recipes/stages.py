@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from palate.errors import UsageError
+from palate.errors import CheckpointError, UsageError
 from palate.recipes import chain, preference
 from palate.recipes.cells import is_done
 from palate.recipes.rows import prompt_key
@@ -42,6 +42,9 @@ def open_round(this: "Round") -> None:
             compared = [record for record in this.records if prompt_key(record) in this.held]
             opened(this.config, compared)
         prompts = dict.fromkeys(record.prompt for record in compared)
+        known = {record.prompt for record in this.records if prompt_key(record) not in this.held}
+        if shared := sum(prompt in known for prompt in prompts):
+            this.tell(f"{shared} of {len(prompts)} prompts that rounds are compared on are trained on too")
         write_json_lines(this.out / "prompts.jsonl", [{"prompt": plain_prompt(prompt)} for prompt in prompts])
 
 
@@ -273,6 +276,22 @@ def train(this: "Round", *, argv=(), panel=None) -> None:
         return
     this.forget()
     preference.run(training(this), argv=argv, say=this.tell, panel=panel)
+    check_start(this)
+
+
+def check_start(this: "Round") -> None:
+    """Nothing, where the training began from, and stayed close to, the very weights that were sampled from."""
+    import hashlib
+
+    from palate.files import read_json
+    from palate.sampling.chunks import Chunks
+
+    sampled = Chunks.there(this.folder / "samples").facts["model"]
+    identities = {hashlib.sha256(f"{sampled} {p}".encode()).hexdigest()[:32] for p in ("float32", "bfloat16")}
+    if read_json(this.folder / "run.json")["parents"][0]["identity"] not in identities:
+        what = f"was trained from other weights than it sampled from: {this.start} changed in between"
+        hint = "put the model back, and take a new --out"
+        raise CheckpointError(what, where=str(this.folder), code="E502", next=hint)
 
 
 # --- compare ---------------------------------------------------------------------------------------------------------

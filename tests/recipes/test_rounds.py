@@ -140,6 +140,28 @@ def test_data_that_changed_are_refused(palate, options):
     assert palate.code == 3 and "temperature was 1.0, now 0.5" in palate.said
 
 
+def test_a_start_that_changed_between_sampling_and_training_is_refused(palate, options, tmp_path, tiny):
+    import shutil
+
+    start = shutil.copytree(options["model"], tmp_path / "start")
+    options |= {"model": start}
+    for stage in ("sample", "pair"):
+        palate.ok("spin", out="run", stage=stage, **options)
+    shutil.copy(tiny / "model.safetensors", start / "model.safetensors")
+    palate("spin", out="run", stage="train", **options)
+    assert palate.code == 3 and "trained from other weights than it sampled from" in palate.said
+
+
+def test_with_adapters_and_another_temperature(palate, options):
+    """A round's model is merged, so that the next one begins from it; KL is that of what is sampled."""
+    result = palate.ok("spin", out="run", **options | {"lora_rank": 2, "temperature": 0.7, "prompts": None})
+    assert len(result["rounds"]) == 2 and all(row["kl"] is not None for row in result["rounds"])
+    parents = [json.loads(Path(f"run/rounds/{n:02d}/run.json").read_text())["parents"][0]["identity"] for n in (1, 2)]
+    assert parents[0] != parents[1]
+    assert Path("run/rounds/02/adapter").is_dir()
+    palate.ok("generate", model="run", data=options["data"], out="out.jsonl", max_tokens=3)
+
+
 def test_without_a_judge_the_row_says_so(palate, options):
     result = palate.ok("spin", out="run", **options | {"eval_judge": None, "prompts": None, "rounds": 1})
     (row,) = result["rounds"]
@@ -164,6 +186,7 @@ def test_no_pairs_end_the_rounds_cleanly(palate, options, tiny):
         ({"eval": "held.jsonl"}, "eval"),
         ({"lam": "0,1"}, "lam"),
         ({"rounds": 0}, "rounds"),
+        ({"eval": "none", "prompts": None}, "no prompts are held out"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(palate, options, wrong, said):
