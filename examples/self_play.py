@@ -100,22 +100,10 @@ def kills(args, keep) -> None:
     """`palate spin` of two rounds, SIGKILLed twenty times at random moments and resumed, against the run left alone."""
     chance = random.Random(args.kill_seed)
     args.work.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-c", "from palate.cli import entry; entry()", "spin", "--model", "builtin:tiny"]
-    command += ["--data", "builtin:demonstrations[:240]", "--prompts", "builtin:prompts[:64]", "--rounds", "2"]
-    command += [
-        "--lam",
-        "1",
-        "--epochs",
-        "1",
-        "--batch",
-        "16",
-        "--max-tokens",
-        "64",
-        "--chunk",
-        "16",
-        "--save-every",
-        "1",
-    ]
+    code = "from palate.cli import entry; entry()"
+    data = ("--data", "builtin:demonstrations[:240]", "--prompts", "builtin:prompts[:64]", "--max-tokens", 64)
+    options = ("--rounds", 2, "--epochs", 1, "--batch", 16, "--lr", 2e-5, "--chunk", 16, "--save-every", 1)
+    command = [sys.executable, "-c", code, "spin", "--model", "builtin:tiny", *map(str, (*data, *options))]
 
     def begin(out: Path):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PALATE_CACHE": str(args.work / f"cache-{out.name}")}
