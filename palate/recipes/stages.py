@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from palate.errors import CheckpointError, UsageError
 from palate.recipes import chain, preference
 from palate.recipes.cells import is_done
-from palate.recipes.rows import prompt_key
+from palate.recipes.rows import prompt_key, write_rejects
 from palate.recipes.training import Paused, TrainingConfig, refuse_other_data, reported
 from palate.recipes.verbs import every_tenth
 
@@ -36,7 +36,12 @@ def open_round(this: "Round") -> None:
     refuse_other_data(this.out, sources)
     make_folder(this.folder)
     if not (this.out / "data.json").exists():
-        write_json(this.out / "data.json", {"sources": sources, "notes": list(getattr(this.records, "notes", []))})
+        notes, refused = (list(getattr(this.records, name, [])) for name in ("notes", "rejected"))
+        for note in [*notes, *getattr(this.records, "warnings", [])]:
+            this.say(f"data: {note}")
+        write_rejects(this.out / "rejects.jsonl", [(raw, message) for _, raw, _, message in refused], this.say)
+        said = [message for *_, message in refused]
+        write_json(this.out / "data.json", {"sources": sources, "notes": notes, "rejected": said})
     if not (this.out / "prompts.jsonl").exists():
         if compared is None:
             compared = [record for record in this.records if prompt_key(record) in this.held]

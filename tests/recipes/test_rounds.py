@@ -152,6 +152,16 @@ def test_a_start_that_changed_between_sampling_and_training_is_refused(palate, o
     assert palate.code == 3 and "trained from other weights than it sampled from" in palate.said
 
 
+def test_bad_rows_are_kept_aside_where_that_is_asked_for(palate, options):
+    with Path(options["data"]).open("a") as file:
+        file.write('{"prompt": "Say it", "completion": ""}\n')
+    palate("spin", out="run", **options)
+    assert palate.code == 3 and "d.jsonl:41" in palate.said and not Path("run").exists()
+    palate.ok("spin", out="run", bad_rows="skip", stage="sample", **options)
+    assert lines(Path("run/rejects.jsonl")) == [{"prompt": "Say it", "completion": ""}]
+    assert "d.jsonl:41" in json.loads(Path("run/data.json").read_text())["rejected"][0]
+
+
 def test_with_adapters_and_another_temperature(palate, options):
     """A round's model is merged, so that the next one begins from it; KL is that of what is sampled."""
     result = palate.ok("spin", out="run", **options | {"lora_rank": 2, "temperature": 0.7, "prompts": None})
