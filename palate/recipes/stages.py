@@ -328,7 +328,8 @@ def seal(this: "Round", facts: dict[str, Any]) -> None:
     from palate.files import read_json
     from palate.sampling.chunks import Chunks
 
-    row = dict.fromkeys(("pairs", "unparsed", "ties", *LATER)) | read_json(this.folder / "pairs.json") | facts
+    row = dict.fromkeys(("pairs", "unparsed", "ties", *LATER)) | {"compared_by": this.config.compared_by}
+    row |= read_json(this.folder / "pairs.json") | facts
     chain.seal(this.out, this.number, Chunks.there(this.folder / "samples").facts["model"], row)
 
 

@@ -175,7 +175,7 @@ def test_with_adapters_and_another_temperature(palate, options):
 def test_without_a_judge_the_row_says_so(palate, options):
     result = palate.ok("spin", out="run", **options | {"eval_judge": None, "prompts": None, "rounds": 1})
     (row,) = result["rounds"]
-    assert result["judge"] is None and row["win_rate"] is None and "nobody compared" in result["verdict"]
+    assert result["judge"] is row["compared_by"] is row["win_rate"] is None and "nobody compared" in result["verdict"]
     assert row["length"] > 0 and row["kl"] is not None and row["compared"] == 2  # what --eval holds out
     assert result["best"] == 1
 
