@@ -356,7 +356,10 @@ def end_of(config: RoundsConfig, rows: Sequence[Row]) -> str | None:
     last = rows[-1] if rows else None
     if last is not None and not last["pairs"]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in last["left_out"].items() if count)
-        return f"round {last['round']} made no pairs" + (f": of {last['prompts']} prompts {reasons}" if reasons else "")
+        hint = "; raise --max-tokens" if 2 * last["left_out"].get("unfinished", 0) > last["prompts"] else ""
+        return (
+            f"round {last['round']} made no pairs: of {last['prompts']} prompts {reasons or 'all are held out'}{hint}"
+        )
     if last is not None and last["verdict"] == "worse":
         return f"round {last['round']} is shown worse than the model it began from"
     return f"all {config.rounds} rounds are done" if len(rows) >= config.rounds else None
@@ -378,7 +381,7 @@ def finish(config: RoundsConfig, out: Path, first: str, ended: str) -> dict[str,
     best = best_of(rows)
     hand_back(config, str(chain.folder_of(out, best)) if best else first, out / "model")
     table = chain.write_table(out, judge=config.compared_by, best=best, ended=ended)
-    better, verdict = verdict_of(config, rows, best)
+    better, verdict = verdict_of(config, rows, best, ended)
     return {
         "out": str(out),
         "model": str(out / "model"),
@@ -408,8 +411,10 @@ def hand_back(config: RoundsConfig, name: str, folder: Path) -> None:
     save(loaded.model, loaded.tokenizer, folder)
 
 
-def verdict_of(config: RoundsConfig, rows: Sequence[Row], best: int) -> tuple[bool, str]:
+def verdict_of(config: RoundsConfig, rows: Sequence[Row], best: int, ended: str) -> tuple[bool, str]:
     """Better: the interval of the best round's win rate against the start lies above one half."""
+    if not any(row["pairs"] for row in rows):
+        return False, f"not shown to be better: {ended}"
     if config.compared_by is None:
         return False, "nobody compared the rounds, so nothing is shown; --eval-judge names who does"
     if not best:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from palate.errors import DataError
 from palate.recipes.rounds import Case, Round, RoundsConfig, Way
 from palate.recipes.rounds import run as go
 from palate.recipes.verbs import stderr
@@ -44,12 +45,16 @@ def lam(config: SpinConfig, number: int) -> float:
 
 
 def read(config: SpinConfig):
-    """The demonstrations; of a conversation up to its first reply."""
+    """The demonstrations; of a conversation up to its first reply. Raises DataError (E207) for running text."""
     from palate.data.sources import read_demonstrations
 
-    return read_demonstrations(
+    found = read_demonstrations(
         config.data, columns=config.columns or None, format=config.format, bad_rows=config.bad_rows
     )
+    if (bare := next((record for record in found if not record.prompt), None)) is not None:
+        what = "has no prompt, so there is nothing that the model could answer in its place"
+        raise DataError(what, where=str(bare.source), code="E207", next="give demonstrations with prompts")
+    return found
 
 
 def pair(this: Round, cases: list[Case]):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from faults import Crash, disk
-from runs_kit import conversations, demonstrations, flags, lines, tree, write_rows
+from runs_kit import conversations, demonstrations, flags, lines, texts, tree, write_rows
 
 from palate.files import sha256_file
 from palate.recipes.chain import MADE
@@ -184,7 +184,8 @@ def test_no_pairs_end_the_rounds_cleanly(palate, options, tiny):
     result = palate.ok("spin", out="run", **options | {"model": tiny, "max_tokens": 2})  # nothing ends by itself
     (row,) = result["rounds"]
     assert (row["pairs"], row["win_rate"], result["best"], result["better"]) == (0, None, 0, False)
-    assert result["ended"] == "round 1 made no pairs: of 40 prompts 40 unfinished"
+    assert result["ended"] == "round 1 made no pairs: of 40 prompts 40 unfinished; raise --max-tokens"
+    assert result["verdict"] == f"not shown to be better: {result['ended']}"
     assert Path("run/model/model.safetensors").read_bytes() == (tiny / "model.safetensors").read_bytes()
 
 
@@ -216,6 +217,11 @@ def test_what_cannot_be_is_refused_before_anything_is_written(palate, options, w
 def test_what_is_not_there_is_refused_before_anything_is_written(palate, options, wrong, said):
     palate("spin", out="run", **options | wrong)
     assert palate.code == 3 and said in palate.said and not Path("run").exists()
+
+
+def test_running_text_has_nothing_to_answer(palate, options, tmp_path):
+    palate("spin", out="run", **options | {"data": write_rows(tmp_path / "t.jsonl", texts(4))})
+    assert palate.code == 3 and "t.jsonl:1: has no prompt" in palate.said and not Path("run").exists()
 
 
 def test_the_plan_writes_nothing(palate, options):
