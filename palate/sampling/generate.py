@@ -88,7 +88,7 @@ def generate(
     model.eval()
     try:
         with torch.no_grad():
-            for rows in _batches(prompts, samples, max_tokens, batch_tokens, equal=not call.cached):
+            for rows in _batches(prompts, samples, max_tokens, batch_tokens, equal=call.cache_name is None):
                 made.extend(_complete(call, prompts, rows))
     finally:
         model.train(was)
@@ -109,12 +109,14 @@ class _Call:
         self.device = model.get_input_embeddings().weight.device
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.takes = inspect.signature(base.forward).parameters.keys()
-        # Recurrent models keep their state under other names: they are computed anew each step, unpadded.
-        self.cached = "past_key_values" in self.takes and not getattr(base, "_is_stateful", False)
+        # transformers calls it "cache" from 5.24 on, "past_key_values" before. Recurrent models keep their state under
+        # other names: they are computed anew each step, unpadded.
+        named = [name for name in ("cache", "past_key_values") if name in self.takes]
+        self.cache_name = named[0] if named and not getattr(base, "_is_stateful", False) else None
 
     def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache) -> tuple[Tensor, Any]:
         """Logits of the last place, (B, V) float32, and the cache that now holds `ids`."""
-        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": self.cached}
+        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": self.cache_name is not None}
         if "attention_mask" in self.takes:
             inputs["attention_mask"] = mask
         if "position_ids" in self.takes:
@@ -122,9 +124,9 @@ class _Call:
         if "logits_to_keep" in self.takes:
             inputs["logits_to_keep"] = 1
         if cache is not None:
-            inputs["past_key_values"] = cache
+            inputs[self.cache_name] = cache
         out = self.model(**inputs)
-        return out.logits[:, -1].float(), out.past_key_values if self.cached else None
+        return out.logits[:, -1].float(), None if self.cache_name is None else getattr(out, self.cache_name)
 
 
 def _batches(prompts, samples: int, max_tokens: int, places: int, equal: bool) -> Iterator[list[tuple[int, int]]]:

@@ -143,6 +143,18 @@ def test_a_part_of_the_prompts_draws_what_the_whole_would(kind, temperature):
     assert drawn[6:12] != [(s.ids.tolist(), s.finished) for s in generate(model, Ends(), rows[3:6], **how)]
 
 
+def test_every_token_is_computed_once():
+    model, rows = make(), prompts(3)
+    seen = []
+    watch = model.register_forward_pre_hook(
+        lambda _, args, inputs: seen.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    generate(model, Ends(), rows, max_tokens=5, samples=2, end_ids=set())
+    watch.remove()
+    longest = max(len(row) for row in rows)
+    assert seen == [3 * longest, 6, 6, 6, 6], "the cache is not used"
+
+
 def test_more_tokens_prolong_the_same_completions():
     model, rows = make(), prompts(5)
     short = generate(model, Ends(), rows, max_tokens=4, seed=3, end_ids=set())
