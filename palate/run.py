@@ -417,7 +417,8 @@ def machine() -> str:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    threads = f", {torch.get_num_threads()} threads" if torch is not None else ""
+    count = torch.get_num_threads() if torch is not None else 0
+    threads = f", {count} thread{'s' * (count > 1)}" if count else ""
     return f"CPU {platform.machine()}, {os.cpu_count()} cores{threads}"
 
 

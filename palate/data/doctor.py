@@ -198,7 +198,8 @@ def _lengths(records: Records) -> Iterator[Finding]:
     chosen, rejected = (sum(side) / len(pairs) for side in zip(*pairs, strict=True))
     judged = sum((a > b) + (a == b) / 2 for a, b in pairs) / len(pairs)
     percent = 100 * (chosen / rejected - 1)
-    direction = f"{abs(percent):.0f}% {'longer' if percent >= 0 else 'shorter'}"
+    side = "longer" if percent > 0 else "shorter"
+    direction = f"{abs(percent):.0f}% {side}" if abs(percent) >= 0.5 else "as long as rejected"
     what = f"chosen {direction} ({chosen:.0f} against {rejected:.0f} characters); length alone is right on {judged:.0%}"
     biased = len(pairs) >= 20 and not 1 - _LENGTH_BIAS < judged < _LENGTH_BIAS
     fix = (

@@ -69,6 +69,14 @@ def count_steps(rows: int, batch: int, epochs: int, steps: int | None = None) ->
     return steps if steps is not None else epochs * -(-rows // batch)
 
 
+def count_tokens(lengths: Sequence[int], batch: int, epochs: int, steps: int | None = None, *, seed: int = 0) -> int:
+    """Stream tokens of a whole run whose groups have these lengths: what its steps run through the model."""
+    total = count_steps(len(lengths), batch, epochs, steps)
+    whole, rest = divmod(total, -(-len(lengths) // batch)) if lengths else (0, 0)
+    last = order(len(lengths), seed, whole)[: rest * batch]
+    return whole * sum(lengths) + sum(lengths[row] for row in last)
+
+
 def stream(
     groups: Sequence[TokenGroup],
     collate: Callable[[Sequence[TokenGroup]], Any],

@@ -366,7 +366,7 @@ def _train(
     config, run, prepared, say, panel, annotate, facts, better, verdict, retention, stop, ending, own, watch
 ) -> dict[str, Any]:
     from palate.data.batch import stream_length
-    from palate.data.stream import stream
+    from palate.data.stream import count_tokens, stream
     from palate.distributed import Ranks
     from palate.evaluation.preference import evaluate
     from palate.run import read_lines
@@ -394,9 +394,11 @@ def _train(
         }
     )
     if "plan" not in run.record:
-        needs = memory_needs(config, model, sum(stream_length(group) for group in rows.train))
-        peak = peak_memory(model)
+        lengths = [stream_length(group) for group in rows.train]
+        needs, peak = memory_needs(config, model, sum(lengths)), peak_memory(model)
         foreseen = {} if peak is None else {"peak_bytes": peak + sum(needs.values())}
+        if own is None and all(group.label is None for group in rows.train):  # KTO runs other prompts' completions too
+            foreseen["tokens"] = count_tokens(lengths, config.batch, config.epochs, config.steps, seed=config.seed)
         run.status("running", plan={"steps": prepared.steps} | foreseen)
     if rows.reading.rejects:
         run.write_rejects(raw for raw, _ in rows.reading.rejects)
@@ -461,6 +463,12 @@ def _train(
         )
     )
     with (panel or _no_panel)(prepared.steps) as shown:
+
+        def show(line: dict[str, Any]) -> None:
+            foresee(run, line, prepared.steps)
+            if line["step"] % config.log_every == 0 or "loss" not in line:
+                shown(line)
+
         fit(
             state,
             batches,
@@ -476,7 +484,7 @@ def _train(
             inspect=inspect if state.step == 0 else None,
             stop=stop,
             every=every,
-            show=lambda line: shown(line) if line["step"] % config.log_every == 0 or "loss" not in line else None,
+            show=show,
         )
     if state.step < prepared.steps:
         raise Paused(f"paused after step {state.step} of {prepared.steps}", next="the same run with --resume goes on")
@@ -506,6 +514,15 @@ def _train(
             f"next       {ending.next.format(run=run.path)} · palate runs show {run.path}",
         ],
     }
+
+
+PACE = 3  # the step whose seconds foretell those of all: the first ones are slow
+
+
+def foresee(run, line: dict[str, Any], steps: int) -> None:
+    """Puts into the plan what all steps should take, in seconds, once the line of step PACE is there."""
+    if line["step"] == PACE < steps and "seconds" in line and "seconds" not in run.record["plan"]:
+        run.status("running", plan=run.record["plan"] | {"seconds": line["seconds"] * steps})
 
 
 def refuse_other_data(run: Path, sources: Sequence[dict[str, Any]]) -> None:

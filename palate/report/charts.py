@@ -36,7 +36,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart to draw: its axes named, its curves with at least a point among them. level: a value to mark."""
+    """A chart to draw: its axes named, its curves with at least a point among them. level: a value to mark.
+
+    share: of shares, in percent; whole: all the way from 0 to 100, else as far as the curves go.
+    """
 
     name: str
     title: str
@@ -44,6 +47,7 @@ class Chart:
     curves: tuple[Curve, ...]
     x: str = "step"
     share: bool = False
+    whole: bool = True
     level: float | None = None
 
 
@@ -77,11 +81,16 @@ def draw(chart: Chart) -> str:
         for curve in chart.curves:
             _add(axes, curve)
         if chart.share:
-            axes.set_ylim(-0.02, 1.02)
             axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
+            if chart.whole:
+                axes.set_ylim(-0.02, 1.02)
+            else:
+                axes.margins(y=0.15)
+                low, high = axes.get_ylim()
+                axes.set_ylim(min(low, high - 0.1), max(high, low + 0.1))  # ten points at least: no noise is blown up
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=chart.x in ("step", "round"), steps=[1, 2, 5, 10]))
-        if not chart.share:
-            axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        if not (chart.share and chart.whole):
+            axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10] if chart.share else [1, 2, 2.5, 5, 10]))
         axes.set_xlabel(chart.x, color=soft, labelpad=5)
         axes.set_title(chart.y, color=soft, loc="left", fontsize=11, pad=8)  # read without turning one's head
         axes.grid(axis="y", color=rule, linewidth=0.8)

@@ -56,7 +56,9 @@ def completions(run: Reading) -> Scored | Unscored | None:
 
 def _by_score(found: Comparison, scored: Sequence[Example]) -> Scored:
     order = sorted(scored, key=lambda e: (e.score_after or 0.0, gain(e)))
-    picks = {"Best": order[-1], "Median": order[(len(order) - 1) // 2], "Worst": order[0]}
+    median = order[(len(order) - 1) // 2].score_after
+    level = [e for e in order if e.score_after == median]  # scores can be few: the middle one of its equals by gain
+    picks = {"Best": order[-1], "Median": level[(len(level) - 1) // 2], "Worst": order[0]}
     if len(order) < 3:
         picks = dict(zip(("Best", "Worst"), reversed(order), strict=False))
     falls = sorted((e for e in scored if gain(e) < 0), key=gain)

@@ -73,10 +73,11 @@ class Result(_Part):
 
 
 class Plan(_Part):
-    """What was foreseen: steps, seconds, bytes of memory at the peak."""
+    """What was foreseen: steps, seconds (as the third step took), stream tokens, bytes of memory at the peak."""
 
     steps: Count | None = None
     seconds: float | None = None
+    tokens: Count | None = None
     peak_bytes: Count | None = None
 
 

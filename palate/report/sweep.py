@@ -36,7 +36,7 @@ def sweep(path: Path) -> dict[str, Any]:
         "title": path.name,
         "source": f"{path / FILE}",
         "verb": record["verb"],
-        "metric": record["metric"].removeprefix("eval/"),
+        "metric": _metric(record),
         "best": best,
         "measured": _measured(best) if best else "",
         "options": [f"--{key.replace('_', '-')} {value}" for key, value in best["options"].items()] if best else [],
@@ -47,6 +47,12 @@ def sweep(path: Path) -> dict[str, Any]:
         "rows": [_row(path, cell, cell is best) for cell in cells],
         "charts": _charts(cells, record),
     }
+
+
+def _metric(record: dict[str, Any]) -> str:
+    """What the cells were ranked by, as a reader calls it."""
+    name = record["metric"].removeprefix("eval/")
+    return {"rewards/accuracies": "accuracy", "rewards/margins": "margin"}.get(name, name)
 
 
 def _order(cell: dict[str, Any], record: dict[str, Any]) -> tuple:
@@ -72,11 +78,10 @@ def _row(path: Path, cell: dict[str, Any], best: bool) -> Row:
 
 def _charts(cells: list[dict[str, Any]], record: dict[str, Any]) -> list[Chart]:
     """The held-out number of the first cells against their steps; at step 0 policy and reference agree."""
-    name = record["metric"].removeprefix("eval/")
     curves = []
     for cell in cells:
         points = [(step, value) for step, value in cell["curve"] if step and value is not None]
         if points and len(curves) < DRAWN:
             curves.append(Curve(cell["name"], points, f"s{len(curves) + 1}", dots=True))
-    share = name.endswith("accuracies")
-    return [Chart("cells", "Held out", name, tuple(curves), share=share)] if curves else []
+    share = record["metric"].endswith("accuracies")
+    return [Chart("cells", "Held out", _metric(record), tuple(curves), share=share, whole=False)] if curves else []

@@ -27,9 +27,11 @@ def changes(run: Reading) -> list[Row]:
     elif (lengths := _sampled_lengths(run)) is not None:
         rows.append(_row("Length of the samples", *lengths, "tokens, mean", ".1f"))
     if found is not None and found.reward is not None:
-        rows.append(_row(f"Score by {found.judge}", found.reward.before, found.reward.after, "mean"))
+        before, after = found.reward.before, found.reward.after
+        spec = ".2f" if max(abs(before or 0), abs(after or 0)) >= 0.1 else ""
+        rows.append(_row(f"Score by {found.judge}", before, after, "mean", spec))
     if found is not None and found.kl is not None:
-        rows.append(_row("KL from the start", 0.0, found.kl, "nats a completion"))
+        rows.append(_row("KL from the start", 0.0, found.kl, "nats a completion", ".2f"))
     return rows
 
 
@@ -87,13 +89,14 @@ def cost(run: Reading) -> list[Row]:
     tokens = sum(value for _, value in series(run.steps, "tokens"))
     rows = [Row("Steps", f"{run.planned:,}" if run.planned else "", f"{run.last_step:,}")]
     if run.seconds or plan.seconds:
-        rows.append(Row("Time in steps", _unless(plan.seconds, words.duration), words.duration(run.seconds)))
+        early = "as the third step took" if plan.seconds else ""
+        rows.append(Row("Time in steps", _unless(plan.seconds, words.duration), words.duration(run.seconds), early))
     began, ended = (words.moment(record.times.get(end)) for end in ("started", "ended"))
     if began is not None and ended is not None:
         pauses = f"with {words.plural(len(record.resumed), 'pause')}" if record.resumed else ""
         rows.append(Row("From start to end", "", words.duration((ended - began).total_seconds()), pauses))
     if tokens:
-        rows.append(Row("Tokens", "", f"{tokens:,.0f}"))
+        rows.append(Row("Tokens", _unless(plan.tokens, "{:,}".format), f"{tokens:,.0f}"))
     if tokens and run.seconds:
         rows.append(Row("Tokens per second", "", f"{tokens / run.seconds:,.0f}"))
     peak = record.result.peak_bytes if record.result else None

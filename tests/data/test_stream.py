@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from models import random_group
 
 from palate.data.batch import collate, collate_pairs, stream_length
-from palate.data.stream import count_steps, order, pack, stream
+from palate.data.stream import count_steps, count_tokens, order, pack, stream
 
 sizes = st.integers(1, 60)
 seeds = st.integers(0, 2**63)
@@ -102,6 +102,16 @@ def test_steps_win_over_epochs_and_go_round():
     assert sorted(sum(taken[3:6], ())) == list(range(5))
     assert count_steps(5, 2, 1, 7) == 7
     assert [s.cursor for s in stream(groups, collate, batch=2, steps=4)][3] == {"step": 4, "epoch": 1, "row": 2}
+
+
+@pytest.mark.parametrize("steps", [None, 1, 3, 4, 11])
+def test_the_tokens_of_a_run_are_counted_before_it(steps):
+    groups = groups_of(13)
+    run = stream(groups, collate, batch=4, tokens=64, seed=5, epochs=2, steps=steps)
+    lengths = [stream_length(group) for group in groups]
+    seen = sum(len(micro.tokens) for step in run for micro in step)
+    assert count_tokens(lengths, 4, 2, steps, seed=5) == seen
+    assert count_tokens([], 4, 2) == 0
 
 
 def test_no_rows_no_steps():

@@ -36,7 +36,10 @@ def test_the_page_says_what_the_run_says(palate, trained):
     for row in lines(Path("run/samples.jsonl"))[-2:]:
         assert " ".join(row["prompt"].split()) in page.text
     tokens = sum(line.get("tokens", 0) for line in lines(Path("run/metrics.jsonl")))
-    assert f"Tokens {tokens:,}" in page.text
+    assert f"Tokens {tokens:,} {tokens:,}" in page.text  # planned, spent
+    third = next(line for line in lines(Path("run/metrics.jsonl")) if line["step"] == 3 and "seconds" in line)
+    plan = json.loads(Path("run/run.json").read_text())["plan"]
+    assert plan["seconds"] == 6 * third["seconds"] and plan["tokens"] == tokens
     before = Path(made["out"]).read_bytes()
     assert palate.ok("report", "run")["out"] == made["out"]
     assert Path(made["out"]).read_bytes() == before

@@ -1,6 +1,7 @@
 """The drawings: every point where its value says, axes named, nothing of matplotlib's own taste left."""
 
 import re
+from itertools import pairwise
 
 import pytest
 from report_kit import affine, points
@@ -44,6 +45,18 @@ def test_the_same_chart_gives_the_same_bytes_and_no_prolog():
     assert draw(chart).startswith("<svg viewBox=")
     for word in ("<?xml", "DOCTYPE", "metadata", "xmlns", "http"):
         assert word not in draw(chart)
+
+
+def test_shares_go_from_0_to_100_or_as_far_as_the_curves():
+    curve = Curve("held out", [(1, 0.61), (2, 0.64)], "s1")
+    said = [
+        re.findall(r"<text[^>]*>(\d+)%</text>", draw(Chart("a", "A", "share", (curve,), share=True, whole=whole)))
+        for whole in (True, False)
+    ]
+    assert said[0] == ["0", "20", "40", "60", "80", "100"]
+    near = [int(text) for text in said[1]]
+    assert near[-1] - near[0] >= 6 and 50 <= near[0] < 61 and 64 < near[-1] <= 75
+    assert len({b - a for a, b in pairwise(near)}) == 1  # no label is rounded to another
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ def test_the_best_cell_stands_first_and_a_failed_one_last(tmp_path):
     (tmp_path / "cells" / "won" / "report.html").write_text("")
     text = write_report([tmp_path]).read_text(encoding="utf-8")
     assert "--beta 0.1 --train.warmup-steps 3" in text and "71.0% [66.0%, 76.0%]" in text and "31.0%" in text
+    assert "Its held-out accuracy is" in text and "halving at 3 and 9 steps" in text
     rows = [text.index(f"<bdi>{name}</bdi>") for name in ("won", "a&lt;b", "lost")]
     assert rows == sorted(rows)
     assert 'href="cells/won/report.html"' in text and 'href="cells/lost' not in text
