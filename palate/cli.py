@@ -61,6 +61,10 @@ VERBS = {
     "kto": Verb("Train on single completions, liked or not.", "palate.recipes.preference:FeedbackConfig"),
     "ppo": Verb("Train on own samples by what a reward says of them: PPO, RLOO, GRPO.", "palate.recipes.ppo:PpoConfig"),
     "spin": Verb("Train on demonstrations against own samples, in rounds: SPIN.", "palate.recipes.spin:SpinConfig"),
+    "online-dpo": Verb(
+        "Train on own samples as a judge orders them, sampled anew for every step: online DPO.",
+        "palate.recipes.online:OnlineConfig",
+    ),
     "sweep": Verb(
         "One of dpo, kto, sft over a grid of options: best cell, table, plot.",
         "palate.recipes.sweep:SweepConfig",

@@ -55,3 +55,16 @@ def disk(at=0, kind="crash before"):
         yield files.operations
     finally:
         files.operations = before
+
+
+def died(work, at) -> bool:
+    """Whether the work met a disk that is gone at operation `at`, and the process with it."""
+    with disk(at) as found:
+        try:
+            work()
+        except Crash:
+            return True
+        except BaseException:
+            assert found.dead
+            return True
+    return found.dead

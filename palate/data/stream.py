@@ -5,7 +5,7 @@ groups, and knows the whole step's denominator before any forward pass.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -20,7 +20,7 @@ Batch = TypeVar("Batch")
 class StepBatch(Generic[Batch]):
     """One optimizer step: this rank's micro-batches, the whole step's units, its rows, and the cursor after it.
 
-    seconds: spent on making it, as by sampling; they count as the step's own.
+    seconds: spent on making it, as by sampling; they count as the step's own. metrics: of how it was made.
     """
 
     micro: tuple[Batch, ...]
@@ -28,6 +28,7 @@ class StepBatch(Generic[Batch]):
     rows: tuple[int, ...]
     cursor: dict[str, Any]
     seconds: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self.micro)

@@ -1,6 +1,7 @@
 """The chain of rounds: a finished round names by SHA-256 what it made, and the round that it went on from."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,12 @@ def rows(out: Path) -> list[dict[str, Any]]:
     return found
 
 
-def write_table(out: Path, **facts: Any) -> dict[str, Any]:
-    """Replaces rounds.json: a row a finished round, the manifests' SHA-256, and what else is known."""
-    found = rows(out)
+def write_table(out: Path, later: Mapping[int, dict[str, Any]] | None = None, **facts: Any) -> dict[str, Any]:
+    """Replaces rounds.json: a row a finished round, the manifests' SHA-256, and what else is known.
+
+    later: by round, the columns that were not known when it was sealed.
+    """
+    found = [row | (later or {}).get(row["round"], {}) for row in rows(out)]
     seals = [sha256_file(folder_of(out, row["round"]) / MANIFEST) for row in found]
     table = facts | {"rounds": found, "manifests": seals}
     write_json(out / TABLE, table)

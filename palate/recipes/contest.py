@@ -5,6 +5,7 @@ is kept there too.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from palate.recipes.generate import check_prompts, encoded
 from palate.recipes.verbs import every_tenth
 
 if TYPE_CHECKING:
-    from palate.recipes.rounds import Round, RoundsConfig
+    from palate.recipes.rounds import OwnSamplesConfig, Round
 
 EVALUATION = 2**31  # added to the seed of what is sampled here
 
@@ -54,7 +55,7 @@ def mean(rows: Sequence[dict], key: str) -> float | None:
     return None if None in values else sum(values) / len(values)
 
 
-def opened(config: "RoundsConfig", records: Sequence):
+def opened(config: "OwnSamplesConfig", records: Sequence):
     """The judge that compares, which knows these prompts; None where nobody compares."""
     from palate.sampling.judge import open_judge
 
@@ -129,3 +130,65 @@ def matches(this: "Round", judge, records: Sequence, tables: dict, sides: Sequen
     whole, step = found[begun], found[last]
     shares = {"win_rate": whole.win_rate, "win_low": whole.low, "win_high": whole.high}
     return shares | {"win_previous": step.win_rate, "verdict": step.verdict}
+
+
+# --- a policy in training ---------------------------------------------------------------------------------------------
+
+
+def against_start(
+    config: "OwnSamplesConfig", model, reference, tokenizer, records, prompts, numerics, folder: Path, *, tokens, first
+) -> dict[str, Any]:
+    """`eval/...` numbers of a sample of each prompt, the same seed each time, and of its match with the start's.
+
+    reference: the start; None where the adapters of the model, off, are. prompts: token ids of the records. first: this
+    is the start itself, whose rows are kept in start.jsonl of the folder; later the match is in its comparison.json.
+    """
+    from palate.data.tokens import TokenGroup, end_tokens
+    from palate.files import make_folder, write_json_lines
+    from palate.model.adapters import reference_mode
+    from palate.recipes.retain import totals
+    from palate.run import read_lines
+    from palate.sampling.generate import generate, text_of
+
+    how = {"max_tokens": config.max_tokens, "temperature": config.temperature, "end_ids": end_tokens(tokenizer)}
+    made = generate(model, tokenizer, prompts, seed=(config.seed << 32) + EVALUATION, **how)
+    texts = [text_of(one, prompts[one.prompt], tokenizer) for one in made]
+    rows: list[dict[str, Any]] = [
+        {"completion": text, "finished": one.finished, "tokens": len(one.ids)}
+        for one, text in zip(made, texts, strict=True)
+    ]
+    judge = opened(config, records)
+    if judge is not None:
+        score_all(judge, records, {"": {record.prompt: [row] for record, row in zip(records, rows, strict=True)}})
+    groups = [TokenGroup(prompts[one.prompt], (one.ids,), (((0, len(one.ids)),),)) for one in made]
+    own, _ = totals(model, groups, numerics, tokens)
+    with reference_mode(model) if reference is None else nullcontext():
+        base, _ = totals(model if reference is None else reference, groups, numerics, tokens)
+    kl = sum(a - b for a, b in zip(own, base, strict=True)) / len(groups)
+    found = {"eval/count": len(rows), "eval/kl": kl, "eval/length": mean(rows, "tokens")}
+    found |= {"eval/ended": mean(rows, "finished")}
+    if (score := mean(rows, "score")) is not None:
+        found["eval/reward"] = score
+    if first:
+        make_folder(folder)
+        write_json_lines(folder / "start.jsonl", rows)
+    elif judge is not None:
+        found |= matched(judge, records, rows, read_lines(folder / "start.jsonl"), kl, folder / "comparison.json")
+    return found
+
+
+def matched(judge, records: Sequence, rows, began, kl: float, file: Path) -> dict[str, Any]:
+    """`eval/win_...` of the policy's rows against its start's; the match is written down with its examples."""
+    from palate.evaluation.winrate import comparison, match
+    from palate.files import write_json
+
+    pairs = [(at, one, two) for at, (one, two) in enumerate(zip(rows, began, strict=True))]
+    found = match("the policy", "its start", judge.name, outcomes(judge, records, pairs), seed=0)
+    sides = {
+        name: {"before": before, "after": after}
+        for name, key in (("length", "tokens"), ("reward", "score"))
+        if (before := mean(began, key)) is not None and (after := mean(rows, key)) is not None
+    }
+    examples = [example(records[at].prompt, two, one) for at, one, two in pairs]
+    write_json(file, comparison(found, examples, kl=kl, **sides))
+    return {"eval/win_rate": found.win_rate, "eval/win_low": found.low, "eval/win_high": found.high}

@@ -172,7 +172,7 @@ def run(
 
     def begin(run, groups, held):
         parts.run = run
-        refuse_other_reward(config, run)
+        refuse_other_reward(config.reward, run)
         return groups, held, {}, inspect
 
     return train(

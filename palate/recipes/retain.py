@@ -109,19 +109,24 @@ class Retention:
 
     def _score(self, model, groups: Sequence) -> tuple[list[float], list[int]]:
         """Log-prob (nats) and scored tokens of every group's completion."""
-        import torch
+        return totals(model, groups, self.numerics, self.tokens)
 
-        from palate.data.batch import collate, stream_length
-        from palate.data.stream import pack
-        from palate.scoring import logps
 
-        totals, lengths = [0.0] * len(groups), [0] * len(groups)
-        for part in pack([stream_length(group) for group in groups], self.tokens) if groups else []:
-            with torch.no_grad():
-                scored = logps(model, collate([groups[i] for i in part]).to(model.device), numerics=self.numerics)
-            for i, total, length in zip(part, scored.total.tolist(), scored.length.tolist(), strict=True):
-                totals[i], lengths[i] = total, length
-        return totals, lengths
+def totals(model, groups: Sequence, numerics, tokens: int) -> tuple[list[float], list[int]]:
+    """Log-prob (nats) and scored tokens of the one completion of every group. tokens: of a micro-batch's stream."""
+    import torch
+
+    from palate.data.batch import collate, stream_length
+    from palate.data.stream import pack
+    from palate.scoring import logps
+
+    found, lengths = [0.0] * len(groups), [0] * len(groups)
+    for part in pack([stream_length(group) for group in groups], tokens) if groups else []:
+        with torch.no_grad():
+            scored = logps(model, collate([groups[i] for i in part]).to(model.device), numerics=numerics)
+        for i, total, length in zip(part, scored.total.tolist(), scored.length.tolist(), strict=True):
+            found[i], lengths[i] = total, length
+    return found, lengths
 
 
 def read_retained(config, say: Say):

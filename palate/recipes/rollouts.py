@@ -80,15 +80,15 @@ def is_model(reward: str) -> bool:
     return Path(reward).expanduser().is_dir()
 
 
-def refuse_other_reward(config: "PpoConfig", run) -> None:
+def refuse_other_reward(name: str, run, option: str = "reward") -> None:
     """Writes down what is rewarded by; on resume CheckpointError (E502) where its weights or its source changed."""
-    now = reward_identity(config.reward)
+    now = reward_identity(name)
     began = run.record.get("reward")
     if began is None:
         run.status("running", reward=now)
     elif began != now:
-        what = "what --reward names has changed since the run began"
-        raise CheckpointError(what, where=config.reward, code="E502", next="put it back, or take a new --out")
+        what = f"what --{option} names has changed since the run began"
+        raise CheckpointError(what, where=name, code="E502", next="put it back, or take a new --out")
 
 
 def reward_identity(name: str) -> str:

@@ -29,7 +29,34 @@ Row = dict[str, Any]
 Scorer = Callable[[Sequence, Sequence, int], Iterable[Row]]
 
 
-class RoundsConfig(TrainingConfig):
+class OwnSamplesConfig(TrainingConfig):
+    """Options of every verb that trains on what the model itself samples."""
+
+    max_tokens: Annotated[int, Field(gt=0, description="New tokens of a sample at most, the end token included")] = 256
+    temperature: Annotated[float, Field(gt=0, lt=math.inf, description="Of the samples")] = 1.0
+    eval_judge: Annotated[
+        str | None,
+        Field(description="Says which round is better, and when to stop; default: rule with built-in data, else none"),
+    ] = None
+    chunk: Annotated[int, Field(gt=0, description="Prompts of a file of samples: what a kill can cost")] = 64
+
+    @property
+    def shares(self) -> tuple[int, int]:
+        """(K, N): every N-th chunk is made here, from the K-th."""
+        return 1, 1
+
+    @property
+    def builtin(self) -> bool:
+        """Whether the data come from the built-in world, whose rule knows every prompt."""
+        return self.data.startswith("builtin:")
+
+    @property
+    def compared_by(self) -> str | None:
+        """The judge of --eval-judge or what stands for it; None: nobody."""
+        return self.eval_judge or ("rule" if self.builtin else None)
+
+
+class RoundsConfig(OwnSamplesConfig):
     """Options of every verb that goes in rounds."""
 
     rounds: Annotated[int, Field(ge=1, le=100, description="Rounds at most; fewer, where one is shown worse")] = 3
@@ -39,8 +66,6 @@ class RoundsConfig(TrainingConfig):
     ] = "auto"
     epochs: Annotated[int, Field(gt=0, description="Passes over the pairs of a round")] = 1
     steps: Annotated[int | None, Field(gt=0, description="Optimizer steps of a round; wins over epochs")] = None
-    max_tokens: Annotated[int, Field(gt=0, description="New tokens of a sample at most, the end token included")] = 256
-    temperature: Annotated[float, Field(gt=0, lt=math.inf, description="Of the samples")] = 1.0
     prompts: Annotated[
         str | None,
         Field(
@@ -48,11 +73,6 @@ class RoundsConfig(TrainingConfig):
             "data, else what --eval holds out"
         ),
     ] = None
-    eval_judge: Annotated[
-        str | None,
-        Field(description="Says which round is better, and when to stop; default: rule with built-in data, else none"),
-    ] = None
-    chunk: Annotated[int, Field(gt=0, description="Prompts of a file of samples: what a kill can cost")] = 64
     stage: Annotated[
         Literal["sample", "judge", "pair", "score", "train", "compare"] | None,
         Field(description="Do this stage of the first unfinished round, and stop; default: all of all rounds"),
@@ -84,19 +104,9 @@ class RoundsConfig(TrainingConfig):
         return int(k), int(n)
 
     @property
-    def builtin(self) -> bool:
-        """Whether the data come from the built-in world, whose rule knows every prompt."""
-        return self.data.startswith("builtin:")
-
-    @property
     def compared_on(self) -> str | None:
         """The file of --prompts or what stands for it; None: what is held out."""
         return self.prompts or ("builtin:prompts[:300]" if self.builtin else None)
-
-    @property
-    def compared_by(self) -> str | None:
-        """The judge of --eval-judge or what stands for it; None: nobody."""
-        return self.eval_judge or ("rule" if self.builtin else None)
 
 
 @dataclass(frozen=True)
@@ -222,9 +232,11 @@ class Round:
         gc.collect()
 
 
-def by(judge) -> Scorer:
-    """The scorer that a judge of single completions is."""
-    return lambda prompts, completions, first: [{"score": score} for score in judge.scores(prompts, completions)]
+def by(judge, each: int = 1) -> Scorer:
+    """The scorer that a judge is; each: samples of a prompt, which a judge that only compares holds to each other."""
+    return lambda prompts, completions, first: [
+        {"score": score} for score in judge.standings(prompts, completions, each)
+    ]
 
 
 def run(config: RoundsConfig, way: Way, *, verb: str, argv=(), say: Say = stderr, panel=None) -> dict[str, Any]:

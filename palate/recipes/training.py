@@ -244,12 +244,13 @@ class OwnBatches:
 
     make: (state) -> step batches from where the state stands. every: optimizer steps that belong together, after whose
     multiples alone a run is evaluated, saved and stopped; --save-every and --eval-every count them as one.
-    critic: trained beside the policy.
+    critic: trained beside the policy. over: () -> why they ended before the last step, which ends the run; None else.
     """
 
     make: Callable[[Any], Iterator[Any]]
     every: int = 1
     critic: Any = None
+    over: Callable[[], str | None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -487,11 +488,15 @@ def _train(
             show=show,
         )
     if state.step < prepared.steps:
-        raise Paused(f"paused after step {state.step} of {prepared.steps}", next="the same run with --resume goes on")
+        if own is None or own.over() is None:
+            what = f"paused after step {state.step} of {prepared.steps}"
+            raise Paused(what, next="the same run with --resume goes on")
+        if held and not any("eval/count" in line and line["step"] == state.step for line in run.metrics()):
+            run.log({"step": state.step} | evaluation() | {"time": time.time()})
     first = [row for row in read_lines(run.path / "samples.jsonl") if row["step"] == 0]
     run.samples(ending.sample(model, tokenizer, shown_prompts, state.step, first))
     facts = facts | ending.save(run, model, tokenizer, held)
-    evals = [line for line in run.metrics() if "eval/loss" in line or "eval/reward" in line]
+    evals = [line for line in run.metrics() if "eval/count" in line]
     before, after = (_evals(evals[0]), _evals(evals[-1])) if evals else ({}, {})
     is_better, sentence = verdict(before, after)
     kept = {} if retention is None else {"retention": retention.result(run.metrics())}

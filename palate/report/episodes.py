@@ -50,6 +50,26 @@ def episodes(run: Reading) -> Episodes | None:
     )
 
 
+def sampled(run: Reading) -> list[Chart]:
+    """What became of the samples of a run that was taught by pairs of its own; none of other runs."""
+    if not any("round" in line for line in run.steps):
+        return []
+    wins = series(run.evals, "eval/win_rate")
+    lows, highs = (dict(series(run.evals, f"eval/win_{end}")) for end in ("low", "high"))
+    band = [(step, lows[step], highs[step]) for step, _ in wins if step in lows and step in highs]
+    won = (Curve("held out, 95 % interval", wins, "s1", dots=True, band=band),) if wins else ()
+    charts = [
+        Chart("wins", "Win rate against the start", "win rate", won, share=True, level=0.5),
+        Chart("score", "Held-out score", "mean, by the judge that compares", _held(run, "reward")),
+        Chart("reward", "Score of the samples", "mean, by the judge that labels", _one(run, "reward")),
+        Chart("kl", "KL from the start", "nats a completion", _both(run, "kl"), level=0),
+        Chart("length", "Length", "tokens a sample", _both(run, "length")),
+        Chart("ended", "Samples that end", "share", _both(run, "ended"), share=True),
+        Chart("pairs", "Pairs", "pairs a round", _one(run, "pairs")),
+    ]
+    return [chart for chart in charts if chart.curves]
+
+
 _ROWS = (  # key, what it is, its unit, how it is written
     ("reward", "Score", "", ".3f"),
     ("reward/total", "Score less KL", "", ".3f"),
@@ -91,6 +111,11 @@ def _both(run: Reading, key: str) -> tuple[Curve, ...]:
         Curve("held out", held, "s1", dots=True),
     )
     return tuple(curve for curve in curves if curve.points)
+
+
+def _held(run: Reading, key: str) -> tuple[Curve, ...]:
+    points = series(run.evals, f"eval/{key}")
+    return (Curve("held out", points, "s1", dots=True),) if points else ()
 
 
 def _one(run: Reading, key: str) -> tuple[Curve, ...]:

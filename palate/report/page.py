@@ -12,7 +12,7 @@ from palate.report.certainty import certainty
 from palate.report.charts import draw
 from palate.report.completions import completions
 from palate.report.curves import likelihood_charts, overlaid_charts, progress_charts, retention_charts, thinned
-from palate.report.episodes import episodes
+from palate.report.episodes import episodes, sampled
 from palate.report.frontier import frontier, is_frontier
 from palate.report.reading import Reading, read_run
 from palate.report.road import is_road, road
@@ -94,7 +94,7 @@ def one_run(run: Reading) -> dict[str, Any]:
         "verdict": verdict(run),
         "tiles": tiles(run),
         "completions": completions(run),
-        "progress": own.progress if own else progress_charts(run),
+        "progress": own.progress if own else [*sampled(run), *progress_charts(run)],
         "episodes": own,
         "likelihood": likelihood_charts(run),
         "certainty": certainty(run),

@@ -27,8 +27,8 @@ class Head:
 
 
 def is_rounds(path: Path) -> bool:
-    """Whether a folder holds rounds rather than a run."""
-    return (path / FILE).is_file()
+    """Whether a folder holds rounds that are runs, rather than being one run itself."""
+    return (path / FILE).is_file() and not (path / "metrics.jsonl").is_file()
 
 
 def rounds(path: Path) -> dict[str, Any]:

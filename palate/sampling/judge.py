@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import combinations
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -89,6 +90,22 @@ class Judge:
             what = f"judge {self.name} gave {len(values) - len(found)} of {len(values)} completions no score"
             raise DataError(what, code="E601", next="take a judge that scores every completion")
         return found
+
+    def standings(self, prompts: Sequence[Text], completions: Completions, each: int) -> list[float | None]:
+        """As `ratings`; of a judge that only compares the share of a prompt's other completions that each one beats.
+
+        each: consecutive completions of one prompt, of which such a judge needs at least two; a tie is half a win.
+        """
+        if self.choose is None or each < 2:
+            return self.ratings(prompts, completions)
+        starts = range(0, len(completions), each)
+        meetings = [(start + i, start + j) for start in starts for i, j in combinations(range(each), 2)]
+        ones, twos = ([completions[meeting[side]] for meeting in meetings] for side in (0, 1))
+        shares = [0.0] * len(completions)
+        for (i, j), outcome in zip(meetings, self.prefer([prompts[i] for i, _ in meetings], ones, twos), strict=True):
+            shares[i] += outcome / (each - 1)
+            shares[j] += (1 - outcome) / (each - 1)
+        return list(shares)
 
     def prefer(self, prompts: Sequence[Text], firsts: Completions, seconds: Completions) -> list[float]:
         """One outcome each: 1 where the first is better, 0 where the second is, 0.5 for a tie.

@@ -137,7 +137,7 @@ def steps(
         state.step, state.cursor = number, dict(batch.cursor)
         tokens = sum(ranks.gather(sum(_tokens(part) for part in micro)))
         seconds = batch.seconds + time.perf_counter() - started
-        yield Step(number, loss, norm, rate, tokens, seconds, metrics, batch.rows)
+        yield Step(number, loss, norm, rate, tokens, seconds, metrics | batch.metrics, batch.rows)
 
 
 def _reduce(outcomes: list[Outcome], ranks: Ranks) -> tuple[float, dict[str, float], bool]:

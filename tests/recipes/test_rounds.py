@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from faults import Crash, disk
+from faults import died, disk
 from runs_kit import conversations, demonstrations, flags, lines, texts, tree, write_rows
 
 from palate.files import sha256_file
@@ -267,19 +267,6 @@ def test_rounds_with_a_judge_prefer_what_it_likes(palate, options):
     )
     for pair in lines(Path("run/rounds/01/pairs.jsonl")):
         assert len(pair["chosen"]) - len(pair["rejected"]) == pair["margin"] > 0
-
-
-def died(work, at) -> bool:
-    """Whether the work met a disk that is gone at operation `at`, and the process with it."""
-    with disk(at) as found:
-        try:
-            work()
-        except Crash:
-            return True
-        except BaseException:
-            assert found.dead
-            return True
-    return found.dead
 
 
 @pytest.mark.parametrize(

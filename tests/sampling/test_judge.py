@@ -79,6 +79,16 @@ def test_a_judge_of_two_is_asked_in_both_orders():
         judge.scores(["p"], texts("a"))
 
 
+def test_samples_of_a_prompt_stand_by_score_or_by_the_others_that_they_beat():
+    longer = Judge("longer", choose=lambda p, a, b: [0.5 + ((x.text > y.text) - (x.text < y.text)) / 2 for x, y in zip(a, b, strict=True)])  # fmt: skip  # noqa: E501
+    made = texts("b", "a", "c", "d", "d", "d")
+    assert longer.standings(["p"] * 3 + ["q"] * 3, made, 3) == [0.5, 0.0, 1.0, 0.5, 0.5, 0.5]
+    silent = Judge("points", score=lambda p, c: [None if x.text == "a" else 2.0 for x in c])
+    assert silent.standings(["p"] * 3, made[:3], 3) == [2.0, None, 2.0]  # unread is not the worst
+    with pytest.raises(UsageError, match="gives none a score"):
+        longer.standings(["p"], made[:1], 1)
+
+
 @pytest.mark.parametrize("vote", [0.0, 1.0, 0.5])
 def test_a_judge_that_contradicts_itself_gives_ties(vote):
     judge = Judge("first", choose=lambda prompts, firsts, seconds: [vote] * len(prompts))
