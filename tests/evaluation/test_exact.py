@@ -11,10 +11,11 @@ from models import lifted
 from runs_kit import Command, write_rows
 
 import palate
+from palate import losses
 from palate.data.tokens import TokenGroup
 from palate.evaluation import exact
 from palate.scoring import logps
-from palate.train.objectives import completion_nll, pairwise
+from palate.train.objectives import completion_nll, objective, pairwise
 from palate.worlds import enumerable
 from palate.worlds.enumerable import World
 
@@ -38,6 +39,12 @@ def group_of(world, p, preferences=()):
     completions = tuple(row.astype(np.int32) for row in world.completion_ids)
     spans = (((0, world.length),),) * world.size
     return TokenGroup(world.prompt_ids[p].astype(np.int32), completions, spans, preferences=tuple(preferences))
+
+
+def shown(world, p, counts):
+    """Each symbol as often as its count, completions of one prompt in one group."""
+    completions = tuple(ids(k) for k in np.repeat(np.arange(world.symbols), counts))
+    return replace(group_of(world, p), completions=completions, spans=(((0, 1),),) * len(completions))
 
 
 def trained(model, groups, objective, steps, lr=1e-2, watch=None, every=10):
@@ -221,10 +228,7 @@ def test_imitating_the_chosen_goes_to_their_law(bandit):
     world, reward, _, table = bandit
     expected = enumerable.preferred(table, reward)
     counts = np.round(np.exp(expected) * 400).astype(int)
-    groups = []
-    for p in range(2):
-        chosen = tuple(ids(k) for k in np.repeat(np.arange(6), counts[p]))
-        groups.append(replace(group_of(world, p), completions=chosen, spans=(((0, 1),),) * len(chosen)))
+    groups = [shown(world, p, counts[p]) for p in range(2)]
     policy = model_of(world, 3, dtype=torch.float32)
     trained(policy, groups, completion_nll(), 60)
     found = exact.table_of(policy, world)
@@ -232,6 +236,69 @@ def test_imitating_the_chosen_goes_to_their_law(bandit):
     point = exact.measure(found, table, reward, 1.0)
     assert point["exact/reward"] == pytest.approx(float(enumerable.expected_reward(expected, reward).mean()), abs=0.02)
     assert point["exact/reward"] < point["exact/best_reward"]
+
+
+def test_demonstrations_go_to_their_frequencies(bandit):
+    """Oracle 21: the law that fits them best is how often each occurs, and their mean loss is its entropy."""
+    world, counts = bandit[0], np.array([[1, 4, 2, 5, 3, 5], [7, 1, 1, 6, 2, 3]])
+    groups = [shown(world, p, counts[p]) for p in range(2)]
+    policy, law = model_of(world, 3, dtype=torch.float32), counts / 20
+    trained(policy, groups, completion_nll(), 150)
+    assert enumerable.total_variation(exact.table_of(policy, world), np.log(law)).max() < 1e-3
+    with torch.no_grad():
+        found = float(completion_nll()(policy, palate.collate(groups)).loss.mean)
+    assert found == pytest.approx(-(law * np.log(law)).sum(1).mean(), abs=1e-4)
+
+
+# every loss there is; those that the tilted policy minimises, where all completions have one length
+TILTED = ("dpo", "ln_dpo", "r_dpo")
+OF_POLICIES = sorted(name for name in losses.LOSSES if losses.info(name).kind != "reward")
+
+
+def rows_of(world, p, odds, kind):
+    """Groups of one prompt whose labels are exactly those of the odds, as a loss of this kind takes them."""
+    if kind == "pairwise":
+        return [group_of(world, p, all_pairs(odds, False))]
+    if kind == "demonstration":
+        return [shown(world, p, odds)]
+    if kind == "feedback":  # judged good as often as it beats another of the six
+        good = [sum(odds[k] / (odds[k] + other) for other in odds) / len(odds) for k in range(6)]
+        labels = [(k, n < round(4 * good[k])) for k in range(6) for n in range(4)]
+        two = [(ids(k), ids((k + 1) % 6), label) for k, label in labels]
+        return [replace(group_of(world, p), completions=(one, other), spans=(((0, 1),),) * 2, label=label)
+                for one, other, label in two]  # fmt: skip
+    # lists of three, drawn after Plackett and Luce
+    draw, lists = np.random.default_rng(p), []
+    for _ in range(30):
+        picked = draw.permutation(6)[:3]
+        order = picked[np.argsort(-(np.log(odds[picked]) + draw.gumbel(size=3)))]
+        wins = tuple((a, b) for a in range(3) for b in range(a + 1, 3))
+        lists.append(replace(group_of(world, p), completions=tuple(ids(k) for k in order), spans=(((0, 1),),) * 3,
+                             preferences=wins))  # fmt: skip
+    return lists
+
+
+@pytest.mark.parametrize("name", OF_POLICIES)
+def test_no_loss_leads_above_the_frontier(name, bandit):
+    """Oracles 12 and 13 on every registered loss: the gap is beta KL to the optimum and never below zero, on the way
+    and at the end; what the tilted policy minimises ends there."""
+    world, reward, reference, table = bandit
+    facts, beta = losses.info(name), 0.5
+    options = {"beta": beta} if "beta" in facts.options else {}
+    groups = [row for p in range(2) for row in rows_of(world, p, ODDS[p], facts.kind)]
+    groups = palate.annotate(groups, reference) if facts.reference else groups
+    policy, made = model_of(world, 3, dtype=torch.float32), objective(name, **options)
+    steps = 45 if facts.kind in ("ranked", "feedback") else 150
+    seen = trained(policy, groups, made, steps, watch=lambda model: exact.table_of(model, world), every=15)
+    best = enumerable.optimum(table, reward, beta)
+    for law in seen:
+        gap = enumerable.optimality_gap(law, table, reward, beta)
+        assert gap == pytest.approx(beta * enumerable.sequence_kl(law, best), abs=1e-9) and gap.min() >= 0
+        point = exact.measure(law, table, reward, beta)
+        assert point["exact/reward"] <= point["exact/best_reward"] + 1e-6
+    assert enumerable.expected_reward(seen[-1], reward).mean() > enumerable.expected_reward(table, reward).mean()
+    if name in TILTED:
+        assert enumerable.total_variation(seen[-1], best).max() < 0.01
 
 
 # training: a language, pairs drawn from the reference
@@ -282,6 +349,36 @@ def test_the_command_line_trains_in_the_world(tmp_path, capsys):
     before = exact.measure(table, table, reward, 0.5)
     assert after["exact/gap"] < 0.6 * before["exact/gap"]
     assert after["exact/kl"] > 0.01 and after["exact/reward"] <= after["exact/best_reward"] + 1e-6
+
+
+@pytest.mark.slow
+def test_a_reward_model_and_ppo_go_to_the_optimum_of_the_truth(tmp_path, capsys):
+    """The classic road, by its two commands, held to the reward that labelled the pairs: oracles 12, 13 and 22.
+
+    A learnt reward is the truth over `reward_scale`, but for a number a prompt; so is the weight of its KL.
+    """
+    from palate.model.reward import load_reward
+
+    world, beta, palate_ = World(8, 1, 2), 0.5, Command(capsys)
+    start = world.write_start(tmp_path / "start", spread=0.1)
+    reference = palate.load(f"new:{start}", seed=0)
+    palate.save(reference.model, reference.tokenizer, tmp_path / "reference")
+    table, reward = exact.table_of(reference.model, world), world.reward(4)
+    rows = [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected}
+            for p in world.pairs(table, reward, 8000, 0)]  # fmt: skip
+    common = dict(model=tmp_path / "reference", eval="none", device="cpu", samples=0, report=False)
+    data, asked = write_rows(tmp_path / "pairs.jsonl", rows), [{"prompt": p.prompt} for p in world.prompt_records()]
+    palate_.ok("reward", data=data, out=tmp_path / "rm", lr=1e-2, train__schedule="cosine", **common)
+    scale = load_reward(tmp_path / "rm").model.config.reward_scale
+    found = palate_.ok(
+        "ppo", data=write_rows(tmp_path / "prompts.jsonl", asked), reward=tmp_path / "rm", out=tmp_path / "run",
+        critic="none", group=128, batch=256, steps=40, passes=2, max_tokens=1, missing_end="keep", lr=5e-3,
+        kl_coef=beta / scale, **common,
+    )  # fmt: skip
+    law = exact.table_of(palate.load(found["model"]).model, world)
+    before, after = (exact.measure(policy, table, reward, beta) for policy in (table, law))
+    assert after["exact/gap"] < 0.1 * before["exact/gap"] and after["exact/tv"] < 0.15 < before["exact/tv"]
+    assert after["exact/reward"] <= after["exact/best_reward"] + 1e-6
 
 
 @pytest.mark.slow
