@@ -27,6 +27,7 @@ from palate.recipes.rollouts import (
     read,
     refuse_other_reward,
     rollouts,
+    sample,
 )
 from palate.recipes.training import (
     Ending,
@@ -189,7 +190,11 @@ def run(
         stop=None if stop is None else stop * every,
         watch=watch,
         own=OwnBatches(partial(rollouts, config, prepared, parts, say), every, parts.critic),
-        ending=Ending(evaluate=partial(evaluate, config, prepared, parts, say), save=partial(finish, config, parts)),
+        ending=Ending(
+            evaluate=partial(evaluate, config, prepared, parts, say),
+            sample=partial(sample, config, parts),
+            save=partial(finish, config, parts),
+        ),
     )
 
 

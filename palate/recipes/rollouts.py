@@ -4,7 +4,7 @@ import copy
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -238,6 +238,25 @@ def evaluate(
         "eval/length": float(np.mean([len(group.completions[0]) for group in groups])),
         "eval/count": len(groups),
     }
+
+
+def sample(
+    config: "PpoConfig", parts: Parts, model, tokenizer, groups, step: int, before: Sequence[dict[str, Any]] = ()
+) -> list[dict[str, Any]]:
+    """Rows for samples.jsonl, as `training.sample_rows` makes them: with prompts as they were written, and scored by
+    what rewards; `reward_before` is of the completion that stands beside the new one."""
+    from palate.data.records import plain
+    from palate.recipes.training import sample_rows
+    from palate.sampling.judge import Completion
+
+    rows = sample_rows(model, tokenizer, groups, step, before)
+    asked = [parts.texts[str(group.source)] for group in groups]
+    said = [Completion(row["after"] if before else row["before"], row["scores"]["finished"]) for row in rows]
+    for place, (row, text, reward) in enumerate(zip(rows, asked, parts.judge.scores(asked, said), strict=True)):
+        row["prompt"] = plain(text)
+        row["scores"] |= {"reward": reward}
+        row["scores"] |= {"reward_before": before[place]["scores"].get("reward")} if before else {}
+    return rows
 
 
 def words(config: "PpoConfig", parts: Parts) -> list[str]:

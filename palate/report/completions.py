@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from palate.report import words
-from palate.report.reading import Comparison, Example, Prompt, Reading, Sample
+from palate.report.reading import Example, Prompt, Reading, Sample
 
 MOST_DROPS = 3
 MOST_SAMPLES = 8  # where no judge scored them
@@ -46,15 +46,31 @@ def completions(run: Reading) -> Scored | Unscored | None:
     """Those of the comparison, else those of samples.jsonl; None where there are none."""
     found = run.comparison
     if found is not None and (scored := [e for e in found.examples if e.score_after is not None]):
-        return _by_score(found, scored)
+        return _by_score(found.judge, scored)
     rows: Sequence[Example | Sample] = found.examples if found is not None else ()
     if not rows:
         last = max((row.step for row in run.samples if row.after is not None), default=None)
-        rows = [row for row in run.samples if row.step == (last or 0) and (last is None or row.after is not None)]
+        samples = [row for row in run.samples if row.step == (last or 0) and (last is None or row.after is not None)]
+        if scored := [example for row in samples if (example := _rewarded(row)) is not None]:
+            return _by_score(str(run.config.get("reward", "its reward")), scored)
+        rows = samples
     return Unscored([_shown("", row) for row in rows[:MOST_SAMPLES]], len(rows)) if rows else None
 
 
-def _by_score(found: Comparison, scored: Sequence[Example]) -> Scored:
+def _rewarded(row: Sample) -> Example | None:
+    """A sample of a run that follows a reward, with what that says of it; None of other runs."""
+    if row.before is None or row.after is None or row.scores.reward is None:
+        return None
+    return Example(
+        prompt=row.prompt,
+        before=row.before,
+        after=row.after,
+        score_before=row.scores.reward_before,
+        score_after=row.scores.reward,
+    )
+
+
+def _by_score(judge: str, scored: Sequence[Example]) -> Scored:
     order = sorted(scored, key=lambda e: (e.score_after or 0.0, gain(e)))
     median = order[(len(order) - 1) // 2].score_after
     level = [e for e in order if e.score_after == median]  # scores can be few: the middle one of its equals by gain
@@ -64,7 +80,7 @@ def _by_score(found: Comparison, scored: Sequence[Example]) -> Scored:
     falls = sorted((e for e in scored if gain(e) < 0), key=gain)
     drops = [e for e in falls if all(e is not pick for pick in picks.values())][:MOST_DROPS]
     return Scored(
-        judge=found.judge,
+        judge=judge,
         picks=[_shown(why, e) for why, e in picks.items()],
         drops=[_shown(f"Fell by {words.number(-gain(e), '.2f')}", e) for e in drops],
         better=sum(gain(e) > 0 for e in scored),

@@ -148,9 +148,11 @@ class Data(_Part):
 
 
 class Scores(_Part):
-    """What is known of a sample."""
+    """What is known of a sample. reward, reward_before: of runs that follow one, of what is new and what was before."""
 
     tokens: Count | None = None
+    reward: float | None = None
+    reward_before: float | None = None
 
 
 class Sample(_Part):

@@ -36,6 +36,14 @@ def rewarded(tmp_path):
     return name
 
 
+def rows_of(run):
+    return [json.loads(line) for line in Path(run, "samples.jsonl").read_text().splitlines()]
+
+
+def vowels(row, side):
+    return sum(row[side].count(letter) for letter in "aeiou") + row["scores"]["finished"]
+
+
 MODES = {
     "separate": {},
     "trunk": {"critic": "trunk"},
@@ -73,6 +81,11 @@ def test_a_run_from_end_to_end(mode, palate, tiny, tmp_path, rewarded):
     saved = [path.name for path in sorted(Path("run/checkpoints").glob("step-*"))]
     assert saved and all(int(name[5:]) % every == 0 for name in saved)
     assert (Path("run/adapter").is_dir()) == ("lora_rank" in options)
+    first, then = (rows_of("run")[start : start + 2] for start in (0, 2))
+    for old, new, row in zip(first, then, prompts(9)[6:], strict=False):
+        assert old["prompt"] == new["prompt"] == row["prompt"] and new["before"] == old["before"]
+        assert old["scores"]["reward"] == new["scores"]["reward_before"] == vowels(old, "before")
+        assert new["scores"]["reward"] == vowels(new, "after")
     palate.ok("generate", model="run", data=data, out="out.jsonl", max_tokens=4)
 
 

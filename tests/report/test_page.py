@@ -188,6 +188,17 @@ def test_without_a_comparison_the_samples_stand(folder, report):
     assert "not reached" in unfinished
 
 
+def test_samples_that_a_reward_scored_go_by_it(folder, report):
+    rows = [sample(0, "How are you?", "bad", None), sample(0, "And now?", "worse", None)]
+    after = [sample(4, "How are you?", "bad", "very well"), sample(4, "And now?", "worse", "so so")]
+    for row, now, then in zip(after, (1.5, -0.25), (-1.0, 0.75), strict=True):
+        row["scores"] |= {"reward": now, "reward_before": then}
+    page = report(folder(samples=[*rows, *after])).text
+    assert "2 comparisons scored by its reward: 1 higher after training, 1 lower" in page
+    assert "score \u22120.25" in page and "score 1.50" in page and page.index("Best") < page.index("very well")
+    assert "Nobody scored" not in page
+
+
 def test_retention_has_its_flags_and_numbers(folder, report):
     lines = [evaluation(0, **{"eval/retain/loss": 2.5}), step(1), evaluation(1, **{"eval/retain/loss": 3.125})]
     flag = "The demonstrations became less likely: 2.50 to 3.12 nats a token."
