@@ -115,7 +115,7 @@ TEMPLATES = {
         "{{ '<｜Assistant｜>' + content + '<｜end▁of▁sentence｜>' }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"
     ),
-    # The generation prompt opens a thought that no stored reply begins with: every row must be refused, by name.
+    # The generation prompt opens a thought that no stored reply begins with (DeepSeek-R1, QwQ).
     "deepseek-opens-thought": (
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<｜User｜>' + m.content }}"
         "{% else %}{{ '<｜Assistant｜>' + m.content.split('</think>')[-1] + '<｜end▁of▁sentence｜>' }}{% endif %}"

@@ -69,6 +69,11 @@ class Encoder:
         match = self._anyone.search(self.tail) if self.tail and self._anyone else None
         return (match[0], self.tokenizer.convert_tokens_to_ids(match[0])) if match else (None, None)
 
+    @cached_property
+    def opens(self) -> str:
+        """The thought that generation finds open and a stored reply does not begin with, as "<think>\\n"; often ""."""
+        return template.opened_thought(self.tokenizer) if self.tokenizer.chat_template else ""
+
     # Text to ids
 
     def found(self, text: str, own: bool = False) -> list[str]:
@@ -200,6 +205,8 @@ class Encoder:
         """Ids of the turns after `opening`, each assistant turn that stands as it was generated being a span."""
         messages = self._safe(prompt) + self._safe(completion, ending=True)
         whole = template.render(messages, self.tokenizer, prompt=False)
+        if len(completion) == 1 and not whole.startswith(opening):
+            whole = self._thought_through(messages[-1].content, opening, whole)
         if not whole.startswith(opening):
             raise DataError(
                 f"the chat template writes this prompt otherwise once a reply follows: {_difference(opening, whole)}",
@@ -238,6 +245,30 @@ class Encoder:
         if closed:
             return rest, tuple(spans), True
         return self._ended(rest, tuple(spans))
+
+    def _thought_through(self, reply: str, opening: str, whole: str) -> str:
+        """`whole` with the thought that `opening` opens and the template leaves out of a stored reply.
+
+        A reply's own thought stands there as it would be generated; without one it is closed at once, as such models
+        write it when they do not think. Elsewhere `whole` as it is.
+        """
+        before = opening.removesuffix(self.opens)
+        if not self.opens or not opening.endswith(self.opens) or not whole.startswith(before):
+            return whole
+        stored, tag = whole[len(before) :], self.opens.strip()
+        close, blank = tag.replace("<", "</"), self.opens.removeprefix(tag)
+
+        def unopened(text: str) -> str:
+            inside = text.lstrip().removeprefix(tag)
+            return inside.removeprefix(blank) if text.lstrip().startswith(tag) else text
+
+        if close in stored:
+            return opening + unopened(stored)
+        thought, closed, answer = reply.rpartition(close)
+        if not closed:
+            return opening + ("\n" if "\n" in blank else "\n\n") + close + "\n\n" + stored
+        gap = answer[: len(answer) - len(answer.lstrip())]
+        return opening + unopened(thought) + close + ("" if stored.startswith(gap) else gap) + stored
 
     def _inner_turn(self, messages, at: int, whole: str) -> tuple[int, int] | None:
         """Where in `whole` the turn `at` was generated, or None if it stands there otherwise than when it was last."""
@@ -284,8 +315,10 @@ def _control_tokens(tokenizer) -> dict[str, bool]:
     source = source if isinstance(source, str) else " ".join(source.values())
     named = set(_variables_of(tokenizer))
     found = {}
-    for token in tokenizer.added_tokens_decoder.values():
-        text = token.content
+    added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
+    # a template that opens a thought and never closes it means the closing tag too
+    source += "".join(other for text in added if text in source and (other := _partner(text)) in added)
+    for text, token in added.items():
         if len(text) < 2 or not text.strip():
             continue
         markup = re.search(r"[<>|｜\[\]{}]", text)  # the word "user" is in every template and controls nothing
@@ -299,9 +332,14 @@ def _variables_of(tokenizer) -> Iterator[str]:
         yield from [value] if isinstance(value, str) else map(str, value)
 
 
+def _partner(text: str) -> str | None:
+    """The tag that closes or opens what `text` opens or closes, if it is one."""
+    match = re.fullmatch(r"<(/?)(\w+)>", text)
+    return match and (f"<{match[2]}>" if match[1] else f"</{match[2]}>")
+
+
 def _is_tag(text: str, others) -> bool:
-    match = re.fullmatch(r"</?(\w+)>", text)
-    return bool(match) and f"<{match[1]}>" in others and f"</{match[1]}>" in others
+    return text in others and _partner(text) in others
 
 
 def _any_of(texts) -> re.Pattern | None:

@@ -5,6 +5,7 @@ time and memory before it meets data.
 """
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -127,6 +128,20 @@ def turn_tail(tokenizer) -> str | None:
         if found:
             return tail
     return None
+
+
+def opened_thought(tokenizer) -> str:
+    """A tag and blanks, as "<think>\\n", that end what generation sees and that no stored reply begins with; or ""."""
+    user, reply = Message("user", "hello"), Message("assistant", _PROBE)
+    for chat in ((user,), (Message("system", "hello"), user)):
+        try:
+            opening = render(chat, tokenizer, prompt=True)
+            stored = render((*chat, reply), tokenizer, prompt=False)
+        except (DataError, ModelError):
+            continue
+        tag = re.search(r"<\w+>\s*\Z", opening)
+        return tag[0] if tag and not stored.startswith(opening) else ""
+    return ""
 
 
 def _chosen(tokenizer) -> str:

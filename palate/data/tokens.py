@@ -165,10 +165,18 @@ def without_signal(group: TokenGroup) -> bool:
 
 
 def notes(tokenizer, chat: bool = True) -> list[str]:
-    """What a person should know about how this tokenizer's completions end; often nothing."""
-    if end_tokens(tokenizer, chat):
-        return []
-    return ["the tokenizer has no end token: completions are trained without one and generation runs to its limit"]
+    """What a person should know about how this tokenizer's completions begin and end; often nothing."""
+    found = []
+    if not end_tokens(tokenizer, chat):
+        found.append(
+            "the tokenizer has no end token: completions are trained without one and generation runs to its limit"
+        )
+    if chat and (opens := encoder_of(tokenizer).opens):
+        found.append(
+            f"the chat template has generation begin inside {opens.strip()}: replies go on there with their own "
+            "thought, or close it at once"
+        )
+    return found
 
 
 def decode_completion(tokenizer, prompt: np.ndarray, completion: np.ndarray) -> str:

@@ -76,8 +76,11 @@ class Reading:
         return kept
 
     def _notice(self, record, group, tokenizer) -> None:
-        from palate.data.tokens import control_text
+        from palate.data.tokens import control_text, ends_with_end_text
 
+        completions = [text for text in texts_of(record) if text is not record.prompt]
+        ended = any(ends_with_end_text(text, tokenizer) for text in completions)
+        self.counts["ending in the end token's text, not doubled"] += ended
         own = group.cut[:1] if group.label is not None else group.cut  # of feedback, not the mismatched completion
         self.counts["with control text, kept as text"] += any(control_text(t, tokenizer) for t in texts_of(record))
         self.counts["prompts cut"] += group.prompt_cut > 0
@@ -119,7 +122,8 @@ def read_rows(
     from palate.data.tokens import notes
     from palate.reference import content_digest
 
-    for note in [*records.notes, *records.warnings, *notes(tokenizer)]:
+    chat = any(not isinstance(record.prompt, str) for record in records[:1])
+    for note in [*records.notes, *records.warnings, *notes(tokenizer, chat)]:
         say(f"data: {note}")
     reading = Reading()
     pairs = reading.take(records, tokenizer, limit, config, usable=usable, pieces=pieces)

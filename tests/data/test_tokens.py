@@ -415,11 +415,6 @@ def test_conversations_have_the_templates_ids_and_one_end(name):
     tokenizer = zoo.chat_tokenizer(name)
     prompt = chat("user: hello there", "assistant: yes", "user: What is the best way?")
     pair = PreferencePair(prompt, chat("assistant: Rinse it."), chat("assistant: I can't"), Source("a.jsonl", 9))
-    if name == "deepseek-opens-thought":
-        with pytest.raises(DataError, match="otherwise once a reply follows") as caught:
-            tokenize(pair, tokenizer)
-        assert caught.value.code == "E216" and caught.value.where == "a.jsonl:9" and "<think>" in str(caught.value)
-        return
     group = tokenize(pair, tokenizer)
     assert group.prompt.tolist() == applied(tokenizer, prompt, prompt=True) == encode_prompt(prompt, tokenizer).tolist()
     for index, reply in enumerate((pair.chosen, pair.rejected)):
@@ -427,7 +422,15 @@ def test_conversations_have_the_templates_ids_and_one_end(name):
         assert ids[-1] in end_tokens(tokenizer) and not set(ids[:-1]) & end_tokens(tokenizer)
         assert group.spans[index] == ((0, len(ids)),)
         assert reply[0].content in tokenizer.decode(ids)
-        if name != "plain-words":  # writes no end of turn: the end token takes its place
+        if (
+            name == "deepseek-opens-thought"
+        ):  # no stored reply has a thought: it is closed where generation finds it open
+            whole = tokenizer.apply_chat_template(dicts(prompt + reply), tokenize=False)
+            closed = f"<｜Assistant｜><think>\n\n</think>\n\n{reply[0].content}"
+            assert tokenizer.decode([*group.prompt.tolist(), *ids]) == whole.replace(
+                f"<｜Assistant｜>{reply[0].content}", closed
+            )
+        elif name != "plain-words":  # writes no end of turn: the end token takes its place
             whole = applied(tokenizer, prompt + reply)
             assert [*group.prompt.tolist(), *ids] == whole[: len(group.prompt) + len(ids)]
             assert not tokenizer.decode(whole[len(group.prompt) + len(ids) :]).replace("<|endoftext|>", "").strip()
@@ -506,6 +509,68 @@ def test_a_turn_that_the_template_rewrites_is_not_scored():
     (last,) = scored(group)
     assert tokenizer.decode(last) == "<think>\nb\n</think>\n\nno<|im_end|>"
     assert "yes" in tokenizer.decode(group.completions[0])
+
+
+OPENS_THOUGHT = {
+    "drops": ("{% set c = m.content.split('</think>')[-1] %}", "<think>\\n"),
+    "drops-and-strips": ("{% set c = m.content.split('</think>')[-1].lstrip('\\n') %}", "<think>\\n"),
+    "keeps": ("{% set c = m.content %}", "<think>\\n"),
+    "no-line-end": ("{% set c = m.content.split('</think>')[-1] %}", "<think>"),
+}
+
+
+@pytest.mark.parametrize("kind", OPENS_THOUGHT)
+@pytest.mark.parametrize(
+    ("reply", "written"),
+    [
+        ("yes", "<think>\n\n</think>\n\nyes"),  # as such models write it when they do not think
+        ("<think>\nbecause\n</think>\n\nyes", "<think>\nbecause\n</think>\n\nyes"),
+        ("because\n</think>\n\nyes", "<think>{blank}because\n</think>\n\nyes"),  # what generation hands back
+        ("<think>because</think>yes", "<think>{blank}because</think>yes"),
+        ("<think>\n\n</think>\n\nyes", "<think>\n\n</think>\n\nyes"),
+    ],
+)
+def test_replies_go_on_inside_a_thought_that_the_template_opens(kind, reply, written):
+    """DeepSeek-R1, QwQ: generation begins inside a thought; stored replies are rendered without it."""
+    content, opens = OPENS_THOUGHT[kind]
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}CONTENT"
+        "{{ '<|im_start|>assistant\\n' + c + '<|im_end|>\\n' }}"
+        "{% else %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\nOPENS' }}{% endif %}"
+    )
+    tokenizer = zoo.chat_tokenizer("qwen3", template=template.replace("CONTENT", content).replace("OPENS", opens))
+    prompt = chat("user: hello")
+    group = tokenize(Demonstration(prompt, (Message("assistant", reply),)), tokenizer)
+    assert group.prompt.tolist() == applied(tokenizer, prompt, prompt=True)
+    ids = group.completions[0].tolist()
+    assert group.spans == (((0, len(ids)),),) and ids[-1] in end_tokens(tokenizer)
+    assert ids.count(tokenizer.convert_tokens_to_ids("</think>")) == 1
+    written = written.replace("{blank}", opens.removeprefix("<think>").replace("\\n", "\n"))
+    text = tokenizer.decode([*group.prompt.tolist(), *ids])
+    assert text == f"<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n{written}<|im_end|>"
+    assert "<think>" in notes(tokenizer)[0] and notes(tokenizer, chat=False) == []
+
+
+def test_only_a_thought_is_written_for_a_reply():
+    """A template that opens anything else, or rewrites the prompt besides, refuses the row as before."""
+    tokenizer = zoo.chat_tokenizer("deepseek-opens-thought")
+    tokenizer.chat_template = tokenizer.chat_template.replace("<think>\n", "(thinking)")
+    with pytest.raises(DataError, match="otherwise once a reply follows") as caught:
+        tokenize(Demonstration(chat("user: hello"), chat("assistant: yes"), Source("a.jsonl", 9)), tokenizer)
+    assert caught.value.code == "E216" and caught.value.where == "a.jsonl:9"
+    assert notes(tokenizer) == []
+
+
+def test_of_several_turns_the_last_goes_on_inside_the_thought():
+    tokenizer = zoo.chat_tokenizer("deepseek-opens-thought")
+    turns = chat("assistant: <think>a</think>yes", "user: why", "assistant: <think>\nb</think>no")
+    group = tokenize_demonstration(Demonstration(chat("user: hello"), turns), tokenizer)
+    (last,) = scored(group)
+    assert tokenizer.decode(last) == "b</think>no<｜end▁of▁sentence｜>"
+    assert tokenizer.decode(group.prompt.tolist()).endswith(
+        "yes<｜end▁of▁sentence｜><｜User｜>why<｜Assistant｜><think>\n"
+    )
 
 
 def test_the_last_turn_alone_where_the_prompt_is_rewritten():
