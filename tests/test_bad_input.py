@@ -3,7 +3,6 @@
 
 The cases bear the ids of the project's table of bad inputs (F files, D rows, C configs, M models), and go through the
 command line in this process. Not in the table, because no verb meets it yet:
-F14 and F15, a cut or endless archive: packed files are refused as what they are (E113), nothing is unpacked;
 F23, one file twice: a verb takes one --data, and the same file as --eval is D32;
 D22, no token left: needs a tokenizer that drops text, see data/test_tokens.py;
 D33, fewer rows than a batch: no error, every step then sees all rows and the plan says so;
@@ -15,6 +14,7 @@ D20, D21 and D24 are counted and kept, not refused: see data/test_tokens.py and 
 """
 
 import contextlib
+import gzip
 import io
 import json
 import os
@@ -183,6 +183,19 @@ def unreadable(kit: Kit) -> None:
     kit.patch.setattr(rows, "open", refuse, raising=False)
 
 
+def zstd(content: bytes) -> bytes:
+    import pyarrow
+
+    return pyarrow.compress(content, codec="zstd", asbytes=True)
+
+
+def bomb_file(kit: Kit) -> None:
+    from palate.data import rows
+
+    kit.patch.setattr(rows, "FREE_BYTES", 2**20)
+    kit.write("a.jsonl.gz", gzip.compress((row() + b"\n") * 40_000))
+
+
 def short_lines(kit: Kit) -> None:
     from palate.data import rows
 
@@ -216,8 +229,15 @@ FILES = [
     file("F13 cut", "a.jsonl", row() + b"\n" + row()[:-9], "E110", "a.jsonl:2", "truncated?"),
     file("F13 cut array", "a.json", b"[" + row() + b",\n" + row()[:-9], "E110", "a.json:2", "truncated?"),
     file("F13 cut CSV", "a.csv", b'prompt,chosen,rejected\na,b,"c\nd', "E110", "a.csv:2", "truncated?"),
-    file("F14 gzip", "a.jsonl", b"\x1f\x8b\x08\x00", "E113", "gzip", "unpack"),
-    file("F14 zstd", "a.jsonl", b"\x28\xb5\x2f\xfd\x00", "E113", "zstd", "unpack"),
+    file("F14 cut gzip", "a.jsonl.gz", gzip.compress(row())[:-9], "E111", "gzip", "unpacked bytes", "copy the file again"),
+    file("F14 cut zstd", "a.json.zst", zstd(b"[" + row() + b"]")[:-9], "E111", "zstd", "unpacked bytes", "copy the file again"),
+    file("F14 damaged gzip", "a.csv.gz", gzip.compress(b"prompt,chosen,rejected\na,b,c\n")[:-8] + bytes(8), "E111", "data check"),
+    Case("F15 bomb", on("--data a.jsonl.gz"), 3, "E112", ("a.jsonl.gz", "more than", "200 times", "unpack"), bomb_file),
+    file("F16 packed", "a.jsonl", gzip.compress(row()), "E113", "gzip", "rename", ".jsonl.gz"),
+    file("F16 not packed", "a.jsonl.gz", row(), "E113", ".gz", "not gzip"),
+    file("F16 packed twice", "a.jsonl.gz", gzip.compress(gzip.compress(row())), "E113", "unpack"),
+    file("F16 packed Parquet", "a.parquet.gz", gzip.compress(b"PAR1"), "E113", "Parquet inside gzip"),
+    file("F16 archive", "a.jsonl", b"PK\x03\x04", "E113", "zip", "unpack"),
     file("F16 Parquet", "a.jsonl", b"PAR1xxxx", "E113", "Parquet", "--format"),
     file("F16 array", "a.jsonl", b"[" + row() + b"]\n", "E113", "array", "--format"),
     file("F16 no Parquet", "a.parquet", row(), "E113", "not Parquet"),

@@ -20,7 +20,9 @@ from typing import Any
 from palate.errors import DataError, MachineError, NotThereError, UsageError
 
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+PACKED = {".gz": "gzip", ".zst": "zstd"}
 MAX_LINE_BYTES = 16 * 2**20
+MAX_RATIO, FREE_BYTES = 200, 64 * 2**20  # a packed file may always unpack to FREE_BYTES
 MAX_DEPTH = 64
 MAX_DIGITS = 20
 MAX_KEYS = 1000
@@ -75,6 +77,12 @@ def shown(name: object, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit // 2] + "…" + text[-limit // 2 + 1 :]
 
 
+def unpacked_name(path: str) -> str:
+    """A file's name without the ending that says how it is packed: "a.jsonl.gz" is "a.jsonl"."""
+    stem, ending = os.path.splitext(path)
+    return stem if ending.lower() in PACKED else path
+
+
 def file_format(path: str, format: str | None = None) -> str:
     """The format a file is read as: `format` where given, else by the end of its name."""
     if format is not None:
@@ -83,13 +91,13 @@ def file_format(path: str, format: str | None = None) -> str:
             what = f'"{shown(format)}" is no data format'
             raise UsageError(what, where="--format", code="E303", next=f"use one of {known}")
         return format
-    ending = os.path.splitext(path)[1].lower()
+    ending = os.path.splitext(unpacked_name(path))[1].lower()
     if ending not in FORMATS:
         raise DataError(
             f'a name ending in "{shown(ending)}" does not say how to read the file',
             where=shown(path, 400),
             code="E113",
-            next="rename it to .jsonl, .json, .csv, .parquet or .txt, or give --format",
+            next="rename it to .jsonl, .json, .csv, .parquet or .txt (.gz or .zst behind if packed), or give --format",
         )
     return FORMATS[ending]
 
@@ -115,6 +123,7 @@ class Rows:
         self.count = 0
         self._check_path()
         self.format = file_format(path, format)
+        self.packed = PACKED.get(os.path.splitext(path)[1].lower())
         self._said = format is not None
         self._hash = hashlib.sha256()
         self._seen = 0
@@ -133,11 +142,15 @@ class Rows:
             raise MachineError(f"cannot be opened: {error.strerror}", where=self._where(), code="E103") from error
         with handle:
             before = _mark(os.fstat(handle.fileno()))
-            self._check_start(handle.peek(64)[:64])
+            plain = self._unpacked(handle) if self.packed else handle
+            self._check_start(plain.peek(64)[:64])
             read = {"jsonl": self._jsonl, "json": self._json_array, "csv": self._csv, "parquet": self._parquet}
             read["text"] = self._documents
             try:
-                yield from read[self.format](handle)
+                yield from read[self.format](plain)
+                if self.packed:  # what is recorded is the file as it lies there
+                    handle.seek(0)
+                    self._hash = hashlib.file_digest(handle, "sha256")
             except OSError as error:
                 raise MachineError(f"cannot be read: {error.strerror or error}", where=self._where()) from error
             after = _mark(os.fstat(handle.fileno()))
@@ -190,7 +203,8 @@ class Rows:
             kind = "a link that leads to itself" if os.path.islink(path) else f"not usable: {error.strerror}"
             raise self._refused("E118", kind, "give a regular file") from error
         if stat.S_ISDIR(state.st_mode):
-            inside = sorted(n for n in os.listdir(path) if os.path.splitext(n)[1].lower() in FORMATS)[:3]
+            inside = [n for n in os.listdir(path) if os.path.splitext(unpacked_name(n))[1].lower() in FORMATS]
+            inside = sorted(inside)[:3]
             found = "a folder; a data file ends in " + ", ".join(FORMATS)
             give = "give a file" + (
                 ": " + ", ".join(shown(os.path.join(path, n), 200) for n in inside) if inside else ""
@@ -216,9 +230,12 @@ class Rows:
             raise self._refused("E104", "no rows: the file is empty", "check the step that exported the file")
         for magic, name in _MAGIC:
             if start.startswith(magic) and not (name == "Parquet" and self.format == "parquet"):
-                todo = (
-                    "rename it to .parquet or give --format parquet" if name == "Parquet" else f"unpack the {name} file"
-                )
+                todo = f"unpack the {name} file"
+                if name == "Parquet":
+                    todo = "rename it to .parquet or give --format parquet"
+                ending = next((ending for ending, kind in PACKED.items() if kind == name), None)
+                if ending and not self.packed:
+                    todo = f"rename it to end in .{self.format}{ending}"
                 raise self._refused("E113", f"this is {name}, not {self.format}", todo)
         if self.format == "parquet":
             if not start.startswith(b"PAR1"):
@@ -235,12 +252,22 @@ class Rows:
             }
             encoding = next((name for pattern, name in patterns.items() if pattern == zeros), None)
         if encoding:
-            name = shown(self.path, 200)
-            raise self._refused(
-                "E105",
-                f"the text is {encoding}, not UTF-8",
-                f"run `iconv -f {encoding} -t UTF-8 {name} > utf8.{self.format}`",
-            )
+            name = shown(unpacked_name(self.path), 200)
+            todo = f"run `iconv -f {encoding} -t UTF-8 {name} > utf8.{self.format}`"
+            what = f"the text is {encoding}, not UTF-8"
+            raise self._refused("E105", what, f"unpack it and {todo}" if self.packed else todo)
+
+    def _unpacked(self, handle: io.BufferedReader) -> io.BufferedReader:
+        """What a packed file holds, which is unpacked while it is read."""
+        start = handle.peek(4)
+        if start and not any(start.startswith(magic) for magic, name in _MAGIC if name == self.packed):
+            what = f'the name ends in "{shown(os.path.splitext(self.file)[1])}", but this is not {self.packed}'
+            raise self._refused("E113", what, "rename it after what it holds")
+        if self.format == "parquet":
+            raise self._refused("E113", f"Parquet inside {self.packed} is not read", f"unpack the {self.packed} file")
+        plain = io.BufferedReader(_Unpacking(handle, self, os.fstat(handle.fileno()).st_size))
+        # JSON is read at once, and from its beginning again where it turns out to be one object a line
+        return io.BufferedReader(io.BytesIO(plain.read())) if self.format == "json" else plain
 
     # the formats
 
@@ -504,6 +531,36 @@ class Rows:
             except broken:
                 return f', column "{shown(name)}"'
         return ""
+
+
+class _Unpacking(io.RawIOBase):
+    """The bytes inside a packed file. Raises DataError where it is cut (E111) or holds far too many (E112)."""
+
+    def __init__(self, handle: io.BufferedReader, rows: Rows, size: int):
+        import pyarrow
+
+        self._rows, self._size, self._read = rows, size, 0
+        self._broken = (OSError, ValueError, pyarrow.ArrowException)
+        own = open(os.dup(handle.fileno()), "rb")  # noqa: SIM115, the stream closes it
+        own.seek(0)
+        self._stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(own), rows.packed)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        kind = self._rows.packed
+        try:
+            block = self._stream.read(len(buffer)) if self._size else b""
+        except self._broken as error:
+            what = f"the {kind} file is cut or damaged after {self._read} unpacked bytes: {shown(error, 120)}"
+            raise self._rows._refused("E111", what, "copy the file again") from error
+        self._read += len(block)
+        if self._read > max(FREE_BYTES, MAX_RATIO * self._size):
+            what = f"{self._size} bytes of {kind} hold more than {self._read}; the cap is {MAX_RATIO} times the size"
+            raise self._rows._refused("E112", what, "if this is meant, unpack the file and give that")
+        buffer[: len(block)] = block
+        return len(block)
 
 
 class _Json:

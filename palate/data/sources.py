@@ -26,7 +26,7 @@ from palate.data.records import (
     Source,
     Warned,
 )
-from palate.data.rows import FORMATS, Row, RowError, Rows, as_json, shown
+from palate.data.rows import FORMATS, Row, RowError, Rows, as_json, shown, unpacked_name
 from palate.errors import DataError, NotThereError, UsageError
 
 SHOWN_ROWS = 20
@@ -46,8 +46,8 @@ _SCORES = [("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"
 def read_pairs(data, *, columns=None, format=None, bad_rows="stop", rejects=None) -> Records[PreferencePair | Ranking]:
     """The preference pairs and rankings of `data`, in file order; ties are dropped and counted.
 
-    data: a path (.jsonl .json .csv .parquet, a slice as in "pairs.jsonl[:500]"), several paths, a Hub id "owner/name"
-        (split train, another as "owner/name:test"), or objects in memory.
+    data: a path (.jsonl .json .csv .parquet .txt, packed as .jsonl.gz or .zst, or a slice as in "pairs.jsonl[:500]"),
+        several paths, a Hub id "owner/name" (split train, another as "owner/name:test"), or objects in memory.
     columns: our name -> the data's, as {"chosen": "good"}; "" hides a column.
     format: jsonl, json, csv, parquet or text (a document between blank lines) where the file's name does not say.
     bad_rows: "stop" or "skip". rejects: a file that skipped rows are written to, byte for byte.
@@ -226,7 +226,7 @@ def _open_one(name: str, format: str | None) -> Rows | _Table:
         first, stop = int(bounds[1] or 0), int(bounds[2]) if bounds[2] else None
     if name.startswith(builtin.PREFIX):
         return Rows(str(builtin.data_file(name)), format="jsonl", first=first, stop=stop, name=name)
-    ending = os.path.splitext(name)[1].lower()
+    ending = os.path.splitext(unpacked_name(name))[1].lower()
     owner = name.partition("/")[0]
     if _HUB.fullmatch(name) and ending not in FORMATS and not _exists(name) and not os.path.isdir(owner):
         return _hub(name, first, stop)

@@ -40,6 +40,15 @@ def write(path: Path, rows) -> Path:
             writer = csv.DictWriter(handle, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
+    elif path.suffix in (".gz", ".zst"):
+        import pyarrow
+
+        inside = write(path.with_suffix(""), rows).read_bytes()
+        half = len(inside) // 2  # packed in two parts, as appending to such a file does
+        kind = {".gz": "gzip", ".zst": "zstd"}[path.suffix]
+        path.write_bytes(
+            b"".join(pyarrow.compress(p, codec=kind, asbytes=True) for p in (inside[:half], inside[half:]))
+        )
     else:
         import pyarrow
         import pyarrow.parquet
@@ -126,7 +135,9 @@ def test_conversations_keep_systems_and_turns():
         assert row.mismatched is not None
 
 
-@pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".parquet"])
+@pytest.mark.parametrize(
+    "ending", [".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".csv.zst"]
+)
 def test_formats_agree(tmp_path, ending):
     path = write(tmp_path / f"pairs{ending}", ROWS)
     records = read_pairs(path)
