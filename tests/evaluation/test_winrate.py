@@ -35,28 +35,6 @@ def test_null_matches_say_better_in_at_most_five_percent(tie):
     assert verdicts.count("worse") <= 10
 
 
-@pytest.mark.slow
-def test_two_samples_of_one_model_are_rarely_called_different(tiny_llama, tiny_tokenizer):
-    """The whole way: 200 times two completions of each prompt by one model, a judge of text, the verdict."""
-    from palate.data.tokens import encode_prompt
-    from palate.sampling.generate import generate, text_of
-    from palate.sampling.judge import Completion, from_callable
-
-    texts = [f"Say {n}:" for n in range(100)]
-    prompts = [encode_prompt(text, tiny_tokenizer) for text in texts]
-    made = generate(tiny_llama(0), tiny_tokenizer, prompts, max_tokens=5, samples=400, seed=1)
-    table = [[Completion(text_of(s, prompts[n], tiny_tokenizer)) for s in made[400 * n : 400 * n + 400]] for n in range(100)]  # fmt: skip  # noqa: E501
-    judge = from_callable(lambda prompt, completion: sum(map(str.isalpha, completion)), "letters")
-    found = []
-    for k in range(200):
-        outcomes = judge.prefer(texts, [row[k] for row in table], [row[k + 200] for row in table])
-        found.append(match("a", "b", "letters", outcomes))
-    assert sum(one.ties for one in found) > 0
-    verdicts = [one.verdict for one in found]
-    assert verdicts.count("better") <= 10
-    assert verdicts.count("worse") <= 10
-
-
 @pytest.mark.parametrize("tie", [0.0, 0.2])
 def test_a_win_rate_of_sixty_percent_is_seen_with_three_hundred_prompts(tie):
     rng = np.random.default_rng(6)

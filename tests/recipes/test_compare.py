@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,70 @@ def test_require_better(palate, three):
     for contestants in (("a.jsonl", "b.jsonl"), ("b.jsonl", "c.jsonl")):
         found = palate("compare", *contestants, **common)
         assert (palate.code, found["status"], found["n"]) == (4, "not better", 12)
+
+
+# --- calibration: completions of a real model, files, the rule, the first sentence of the page ------------------------
+
+KINDS = 6  # completions of each prompt to draw from
+
+
+@pytest.mark.slow
+def test_the_first_sentence_of_the_page_is_calibrated(palate):
+    """200 times two samples of one model, and 200 times one whose true win rate over it is 0.60, on 300 prompts each.
+
+    The samples are drawn from a pool of completions, so the true win rate is counted, not assumed: the better one
+    takes the better of two draws of the pool in a share of its completions that makes it 0.60.
+    """
+    from palate.recipes import compare
+    from palate.report import write_report
+    from palate.report.reading import read_run
+    from palate.report.verdict import verdict
+    from palate.run import Run
+    from palate.worlds.reviews import judge
+
+    sampling = {"samples": KINDS, "max_tokens": 96, "temperature": 0.7, "seed": 100, "device": "cpu"}
+    palate.ok("generate", model="builtin:tiny", data="builtin:prompts[:300]", out="pool.jsonl", **sampling)
+    rows = lines(Path("pool.jsonl"))
+    pool = [rows[at : at + KINDS] for at in range(0, len(rows), KINDS)]
+    scores = [[judge(row["prompt"][-1]["content"], row["completion"], row["finished"]) for row in one] for one in pool]
+    draws = [(i, j) for i in range(KINDS) for j in range(KINDS) if i != j]
+    best = [[max(pair, key=one.__getitem__) for pair in draws] for one in scores]
+
+    def wins(a: float, b: float) -> float:
+        return (a > b) + (a == b) / 2
+
+    often = [wins(one[i], other) for one, mine in zip(scores, best, strict=True) for i in mine for other in one]
+    share = (0.6 - 0.5) / (sum(often) / len(often) - 0.5)  # of completions that are the better of two
+    assert 0 < share < 1
+    chance = random.Random(6)
+    with Run.create(Path("run"), verb="dpo", config={"model": "builtin:tiny"}, argv=[], parents=[]) as run:
+        run.finish({"verdict": "nothing was measured"})
+
+    def said(better: float) -> str:
+        """The page's word for one comparison. better: the share of completions that are the better of two draws."""
+        chosen = {"a.jsonl": [], "b.jsonl": []}
+        for place, one in enumerate(pool):
+            i, j = chance.choice(draws)
+            if better:
+                i = chance.choice(best[place]) if chance.random() < better else i
+                j = chance.randrange(KINDS)
+            chosen["a.jsonl"].append(one[i])
+            chosen["b.jsonl"].append(one[j])
+        for name, taken in chosen.items():
+            write_rows(Path(name), taken)
+        shutil.rmtree("run/compare", ignore_errors=True)
+        options = {"contestants": list(chosen), "data": "builtin:prompts[:300]", "judge": "rule", "out": "run/compare"}
+        found = compare.run(compare.CompareConfig(**options), say=lambda text="": None)
+        shown = verdict(read_run(Path("run")))
+        assert shown.word.lower() == found["verdict"] and f"of {found['n']} comparisons" in shown.sentence
+        return found["verdict"]
+
+    null = [said(0.0) for _ in range(200)]
+    assert null.count("better") <= 10 and null.count("worse") <= 10
+    real = [said(share) for _ in range(200)]
+    assert real.count("better") >= 180 and "worse" not in real
+    words = {"better": "Better", "not shown to be different": "Not shown to be different"}
+    assert f">{words[real[-1]]}</h1>" in write_report(["run"]).read_text(encoding="utf-8")
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
