@@ -48,7 +48,7 @@ def spin(args, keep) -> None:
             rows = [{key: row[key] for key in KEPT} for row in found["rounds"]]
             keep({"data": name, "seed": seed, "rounds": rows, "best": found["best"], "ended": found["ended"],
                   "seconds": time.perf_counter() - began})  # fmt: skip
-        began, run = time.perf_counter(), args.work / f"sft {seed}"
+        began, run = time.perf_counter(), args.work / f"sft {seed} {steps}"
         options = ("--data", DATA, "--eval", "none", "--lr", SFT_RATE, "--batch", BATCH, "--steps", steps)
         trained("sft", run, "--model", start, *options, "--samples", 0, "--seed", seed)
         keep({"data": "SFT goes on", "seed": seed, "steps": steps} | compared(args, run, start, seed)

@@ -72,6 +72,10 @@ VERBS = {
     ),
     "score": Verb("Log-probs, implicit rewards and margins of pairs.", "palate.recipes.score:ScoreConfig"),
     "generate": Verb("Completions of the prompts of a file.", "palate.recipes.generate:GenerateConfig"),
+    "pairs": Verb(
+        "A preference file out of prompts: samples in a judge's order, or of two models, one stronger.",
+        "palate.recipes.pairs:PairsConfig",
+    ),
     "compare": Verb(
         "Win rates of models, or of files of completions, by a judge.",
         "palate.recipes.compare:CompareConfig",

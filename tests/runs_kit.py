@@ -10,6 +10,21 @@ TEMPLATE = (
 COLOURS = ("red", "blue", "green", "small", "large", "old", "new", "warm")
 WORDS = (*COLOURS, "cold", "quick", "slow", "bright", "dark", "soft", "loud", "calm")
 
+# a module of judges, one of which only compares
+JUDGES = """
+def like(prompt, completion):
+    return len(completion)
+
+def dislike(prompt, completion):
+    return -len(completion)
+
+def same(prompt, completion):
+    return 3
+
+def longer(prompt, first, second):
+    return 0.5 + (len(first) > len(second)) / 2 - (len(first) < len(second)) / 2
+"""
+
 
 def save_model(folder: Path, model, tokenizer, template: str | None = None) -> Path:
     """The model and tokenizer in a folder, as transformers writes them."""

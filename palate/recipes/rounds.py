@@ -313,7 +313,7 @@ def _begun(this: Round, verb: str, argv: list, panel) -> dict[str, Any]:
         )
 
     if config.part is not None:  # one of several processes: none of them owns the folder
-        _made(out, begin)
+        made_by_one(out, begin)
         return _rounds(this, argv, panel)
     with begin() as run:
         this.say(f"run: {out} · {run.record['hardware']}")
@@ -325,7 +325,7 @@ def _begun(this: Round, verb: str, argv: list, panel) -> dict[str, Any]:
     return result
 
 
-def _made(out: Path, begin: Callable) -> None:
+def made_by_one(out: Path, begin: Callable) -> None:
     """Makes the folder of the whole, or waits while another process does."""
     for _ in range(300):
         if (out / "run.json").exists():

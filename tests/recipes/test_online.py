@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from faults import died, disk
-from runs_kit import lines, metrics, tree, write_rows
+from runs_kit import JUDGES, lines, metrics, tree, write_rows
 from safetensors.numpy import load_file
 
 from palate.data.tokens import TokenGroup
@@ -19,19 +19,6 @@ from palate.reference import annotate
 
 SMALL = dict(batch=6, steps=3, max_tokens=12, samples=1, device="cpu", lr=3e-4, chunk=4, judge="liking:like")
 SMALL |= {"eval_judge": "liking:like", "eval_every": 1}
-JUDGES = """
-def like(prompt, completion):
-    return len(completion)
-
-def dislike(prompt, completion):
-    return -len(completion)
-
-def same(prompt, completion):
-    return 3
-
-def longer(prompt, first, second):
-    return 0.5 + (len(first) > len(second)) / 2 - (len(first) < len(second)) / 2
-"""
 
 
 @pytest.fixture

@@ -11,20 +11,13 @@ from pathlib import Path
 
 import pytest
 from faults import died, disk
-from runs_kit import conversations, demonstrations, flags, lines, texts, tree, write_rows
+from runs_kit import JUDGES, conversations, demonstrations, flags, lines, texts, tree, write_rows
 
 from palate.files import sha256_file
 from palate.recipes.chain import MADE
 
 ROOT = Path(__file__).parents[2]
 SMALL = dict(batch=4, steps=3, rounds=2, max_tokens=12, chunk=5, samples=1, device="cpu", lr=3e-4, lam="0.7,1")
-JUDGES = """
-def like(prompt, completion):
-    return len(completion)
-
-def dislike(prompt, completion):
-    return -len(completion)
-"""
 
 
 @pytest.fixture
