@@ -146,7 +146,7 @@ def spread(found: list[dict]) -> str:
 
 
 CLAIMS = {
-    "commands that a user writes": lambda found, grid: str(found[0]["commands"]),
+    "lines that a user writes, a command each": lambda found, grid: str(found[0]["commands"]),
     "options set in them": lambda found, grid: str(found[0]["options"]),
     "models in memory": lambda found, grid: str(found[0]["models"]),
     "peak memory, mean": lambda found, grid: f"{mean(r['peak_bytes'] for r in found) / 2**30:.2f} GB",

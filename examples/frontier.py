@@ -15,23 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 from textwrap import wrap
 
+from palate.report.frontier import NAMES
+
 SETTINGS = {
     "enumerable": "--world enumerable --alphas 0.1,1 --rollouts 12 --points 3",
     "reviews": "--data builtin:reviews[:150] --prompts builtin:prompts[:100] --pairs 640 --betas 0.05,0.2,0.5,2 "
     "--alphas 0.5 --best-of 2,4 --target-kls 0.5,1,2,4 --true-kls 2 --at 0.5,1,2,4 --steps 20 --rollouts 6 --points 2 "
     "--methods dpo,ppo,ppo_true,best_of_n,unlikelihood,preferred_ft,sft --options dpo.batch=32,dpo.lr=4e-4,"
     "unlikelihood.batch=32,preferred_ft.batch=32,reward.batch=32,reward.steps=40,reward.lr=1e-3,ppo.critic=trunk",
-}
-NAMES = {
-    "dpo": "DPO",
-    "ppo": "PPO",
-    "ppo_true": "PPO, true reward",
-    "rloo": "RLOO",
-    "best_of_n": "best of N",
-    "unlikelihood": "Unlikelihood",
-    "preferred_ft": "Preferred-FT",
-    "sft": "the reference",
-    "exact": "exact",
 }
 
 
@@ -212,9 +203,10 @@ ABOUT = {
     "KLs. Seconds and samples: of a run, in the mean, with all that it needs (pairs, reward model, scores of the "
     "reference), without measuring.",
     "enumerable": "`python examples/frontier.py enumerable`: 7,776 completions of 4 prompts, a Llama of 33 thousand "
-    "weights; reward and KL are by enumeration, and no policy gets more than *exact*. Each seed draws another language "
-    "and another reward (mean 0, deviation 1 over all completions). 6,144 pairs, labelled with noise after Bradley and "
-    "Terry at temperature 1; DPO and its kin take 24 steps of 256 pairs, PPO 12 rollouts of 64 episodes, 4 passes.",
+    "weights; reward and KL are by enumeration, and no policy gets more than the *exact frontier*. Each seed draws "
+    "another language and another reward (mean 0, deviation 1 over all completions). 6,144 pairs, labelled with noise "
+    "after Bradley and Terry at temperature 1; DPO and its kin take 24 steps of 256 pairs, PPO 12 rollouts of 64 "
+    "episodes, 4 passes.",
     "reviews": "`python examples/frontier.py reviews`: `builtin:tiny`, the world's rule as reward (from -17 to 3), "
     "measured on one sample of each of 100 held-out prompts at temperature 1 (standard error about 0.2). Pairs: 4 "
     "samples of each of 150 prompts, 640 pairs of them that differ in reward, the better one chosen. DPO and its kin "

@@ -340,9 +340,15 @@ def _write(config: FrontierConfig, out: Path, cells, points, exact) -> None:
 
 
 def _verdict(rows: list[dict[str, Any]]) -> str:
-    """Which method's hull reaches highest at each KL of the table."""
-    found = []
+    """Which method's hull reaches highest at each KL of the table, a clause a method."""
+    from palate.report.frontier import NAMES
+
+    best: dict[str, list[tuple[str, str]]] = {}
     for kl in rows[0]["reward"]:
-        best = max((row for row in rows if row["method"] != "exact"), key=lambda row: row["reward"][kl]["mean"])
-        found.append(f"{best['method']} {best['reward'][kl]['mean']:.3f} within KL {kl}")
-    return "the most reward: " + ", ".join(found)
+        row = max((row for row in rows if row["method"] != "exact"), key=lambda row: row["reward"][kl]["mean"])
+        best.setdefault(NAMES[row["method"]], []).append((kl, f"{row['reward'][kl]['mean']:.3f}"))
+    clauses = [
+        f"within KL {', '.join(kl for kl, _ in found)}: {name} ({', '.join(value for _, value in found)})"
+        for name, found in best.items()
+    ]
+    return "the most reward " + "; ".join(clauses)

@@ -92,9 +92,11 @@ def draw(path: Path, points: Sequence[Mapping[str, Any]], exact: Exact, reach: f
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     from palate.evaluation.frontier import reward_at
     from palate.files import write_bytes
+    from palate.report.frontier import NAMES
 
     right = 1.25 * reach
     shown = [point for point in points if point["kl"] <= right]
@@ -104,20 +106,22 @@ def draw(path: Path, points: Sequence[Mapping[str, Any]], exact: Exact, reach: f
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         lines = ({"exact": dict(exact)} if exact else {}) | hulls_of(points)
+        keys = []
         for method, by_seed in lines.items():
             mine = [point for point in shown if point["method"] == method]
-            ink = INKS.get(method, "#000000")
-            if method != "sft":
+            ink, style = INKS.get(method, "#000000"), {"exact": "--", "sft": ""}.get(method, "-")
+            mark = {"color": ink, "marker": MARKS[method] if mine else "", "markeredgewidth": 0}
+            mark["markersize"] = 8 if method == "sft" else 4.2
+            if style:
                 # a hull is drawn as far as its own points go
                 ends = max(min(right, hull[-1][0]) for hull in by_seed.values())
                 there = grid[grid <= ends]
                 means = [np.mean([reward_at(hull, kl) for hull in by_seed.values()]) for kl in there]
-                style = "--" if method == "exact" else "-"
-                axes.plot(there, means, style, color=ink, linewidth=1.4, label=None if mine else method)
+                axes.plot(there, means, style, color=ink, linewidth=1.4)
             if mine:
                 places = [[point[name] for point in mine] for name in ("kl", "reward")]
-                axes.plot(*places, MARKS[method], color=ink, markersize=3.6, alpha=0.75, linestyle="", label=method,
-                          markeredgewidth=0)  # fmt: skip
+                axes.plot(*places, **mark, alpha=0.75, linestyle="", zorder=3)
+            keys.append(Line2D([], [], **mark, linestyle=style, linewidth=1.4, label=NAMES[method]))
         beyond = len(points) - len(shown)
         note = f" ({beyond} of {len(points)} points lie further right)" if beyond else ""
         axes.set_xlim(-0.02 * right, right)
@@ -128,7 +132,7 @@ def draw(path: Path, points: Sequence[Mapping[str, Any]], exact: Exact, reach: f
         axes.set_ylabel("reward")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#dddddd", linewidth=0.6)
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
+        axes.legend(handles=keys, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     write_bytes(path, buffer.getvalue())

@@ -169,7 +169,7 @@ def test_the_plot_is_always_the_same(tmp_path):
         hulls.draw(tmp_path / name, points, {0: [(0, 0), (1, 1.5), (4, 2)]}, 4)
     text = (tmp_path / "a.svg").read_text()
     assert text == (tmp_path / "b.svg").read_text()
-    assert "2 of 4 points lie further right" in text and "dpo" in text
+    assert "2 of 4 points lie further right" in text and ">DPO<" in text
 
 
 def test_a_point_above_the_exact_frontier_is_a_bug():
