@@ -271,7 +271,7 @@ def _rows(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
 
 _SUPPORT: WeakKeyDictionary[nn.Module, Support] = WeakKeyDictionary()
 _INVARIANT: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()
-_TOLERANCE = 2e-3  # nats a token; float32 differs by 1e-5, a model that ignores the layout by 0.1 and more
+TOLERANCE = 2e-3  # nats a token; float32 differs by 1e-5, a model that ignores the layout by 0.1 and more
 
 
 def support(model: nn.Module) -> Support:
@@ -310,7 +310,7 @@ def _probe(model: nn.Module) -> Support:
         truth = [_row_by_row(model, batch) for batch in batches]
     except (AttributeError, TypeError) as error:
         raise ModelError(f"{type(model).__name__} gives no logits for input_ids: {error}", code="E407") from error
-    tolerance = _TOLERANCE if model.dtype in (torch.float32, torch.float64) else 0.15
+    tolerance = TOLERANCE if model.dtype in (torch.float32, torch.float64) else 0.15
     reasons = []
     for path in ("shared", "padded") if scalar_head(model) is not None else ("shared", "padded", "plain"):
         try:

@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from palate.layout import Layout
+from palate.model.branching import Branches
 
 NAME = "palate_shared_prompt"
 
@@ -38,6 +39,7 @@ def stream_attention(
     attention_mask: Tensor | None = None,
     *,
     palate_layout: Layout | None = None,
+    palate_branches: Branches | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -46,9 +48,12 @@ def stream_attention(
 ) -> tuple[Tensor, None]:
     """Attention output (1, T, heads, dim) of a stream; query (1, heads, T, dim), key and value with kv heads.
 
+    palate_branches: the cache of rows that are being sampled, which then knows what a query may see.
     scaling: the module's own; sliding_window: in positions; softcap: Gemma 2's tanh cap; s_aux: gpt-oss's sinks.
     Raises NotShared where the model gives no layout, or a mask of its own (ALiBi, prefix masks).
     """
+    if palate_branches is not None and attention_mask is None:
+        return palate_branches.attend(query, scaling, sliding_window, softcap, s_aux), None
     if palate_layout is None or attention_mask is not None:
         raise NotShared("the model passes a mask of its own or drops the layout")
     _Calls.total += 1

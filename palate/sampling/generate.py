@@ -1,23 +1,32 @@
 """Prompts and a policy in, completions with their log-probs out: the one arrow that goes back from model to records.
 
-A small loop over the model's stock forward. What a prompt gets depends on the weights, the seed and its place in the
+A small loop over the model's own forward. What a prompt gets depends on the weights, the seed and its place in the
 list, not on what else is in the batch: each sample has its own random stream and spends one number a token.
 """
 
 import hashlib
 import inspect
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from palate.data.batch import float64_device
 from palate.data.tokens import decode_completion
-from palate.errors import DataError, NotFiniteError, UsageError
+from palate.errors import DataError, ModelError, NotFiniteError, UsageError
+from palate.layout import Layout
 from palate.model import Model
+from palate.model.attention import NotShared, shared_attention
+from palate.model.branching import Branches
 from palate.model.load import context
+from palate.scoring import TOLERANCE, evaluation_mode, support
+
+BLOCK = 256  # tokens of the vocabulary whose probabilities are summed at once, when one of them is drawn
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,16 +91,14 @@ def generate(
             )
     call = _Call(model, max_tokens, temperature, seed, first, frozenset(int(id) for id in end_ids), limit)
     if batch_tokens is None:
-        batch_tokens = 8192 if call.device.type == "cpu" else 65536
+        batch_tokens = 8192 if model.device.type == "cpu" else 65536
     made: list[Sample] = []
-    was = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for rows in _batches(prompts, samples, max_tokens, batch_tokens, equal=call.cache_name is None):
-                made.extend(_complete(call, prompts, rows))
-    finally:
-        model.train(was)
+    with torch.no_grad(), evaluation_mode(model):
+        engine = _Branching if branches(model) else _Padded
+        equal = _cache_name(model) is None
+        with shared_attention(model) if engine is _Branching else nullcontext():
+            for rows in _batches(prompts, samples, max_tokens, batch_tokens, equal):
+                made.extend(_complete(call, engine, prompts, rows))
     return sorted(made, key=lambda sample: (sample.prompt, sample.sample))
 
 
@@ -100,33 +107,164 @@ def text_of(sample: Sample, prompt: np.ndarray, tokenizer) -> str:
     return decode_completion(tokenizer, prompt, sample.ids[:-1] if sample.finished else sample.ids)
 
 
+@dataclass(frozen=True)
 class _Call:
     """What stays the same over all batches of one call."""
 
-    def __init__(self, model, max_tokens, temperature, seed, first, ends, limit):
-        self.model, self.max_tokens, self.temperature = model, max_tokens, temperature
-        self.seed, self.first, self.ends, self.limit = seed, first, ends, limit
-        self.device = model.get_input_embeddings().weight.device
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.takes = inspect.signature(base.forward).parameters.keys()
-        # transformers calls it "cache" from 5.24 on, "past_key_values" before. Recurrent models keep their state under
-        # other names: they are computed anew each step, unpadded.
-        named = [name for name in ("cache", "past_key_values") if name in self.takes]
-        self.cache_name = named[0] if named and not getattr(base, "_is_stateful", False) else None
+    model: Model
+    max_tokens: int
+    temperature: float
+    seed: int
+    first: int
+    ends: frozenset[int]
+    limit: int | None
 
-    def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache) -> tuple[Tensor, Any]:
-        """Logits of the last place, (B, V) float32, and the cache that now holds `ids`."""
-        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": self.cache_name is not None}
+
+class _Branching:
+    """Rows of one batch on the shared-prompt stream: each prompt is read once, and its keys stand once for its rows."""
+
+    def __init__(self, model: Model, prompts: list[np.ndarray], owners: list[int], max_tokens: int):
+        self.model, self.device = model, model.get_input_embeddings().weight.device
+        self.prompts = prompts
+        self.cache = Branches([len(prompt) for prompt in prompts], owners, max_tokens, self.device)
+        name = _cache_name(model)
+        assert name is not None, "a model without a cache does not branch"
+        self.named: dict[str, Any] = {name: self.cache, "use_cache": True}
+
+    def read(self) -> Tensor:
+        """Logits after each row's prompt, (rows, V)."""
+        lengths = self.cache.lengths
+        logits = _last_logits(
+            self.model,
+            lengths.cumsum(0) - 1,
+            input_ids=torch.from_numpy(np.concatenate(self.prompts).astype(np.int64)).to(self.device)[None],
+            position_ids=torch.cat([torch.arange(len(prompt)) for prompt in self.prompts]).to(self.device)[None],
+            palate_layout=Layout(tuple(lengths.tolist()), ((),) * len(lengths)),
+            **self.named,
+        )
+        return logits[0][self.cache.of]
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits after each row's next token, (rows, V)."""
+        positions = self.cache.step()
+        inputs = {"input_ids": tokens[None], "position_ids": positions, "palate_branches": self.cache}
+        return self.model(**inputs, **self.named).logits[0]
+
+    def keep(self, stay: list[int]) -> list[int]:
+        """Only these rows go on; in the order that is returned."""
+        return self.cache.keep(stay)
+
+
+class _Padded:
+    """Rows of one batch, padded at their left, through the model's stock forward; prompts are read once."""
+
+    def __init__(self, model: Model, prompts: list[np.ndarray], owners: list[int], max_tokens: int):
+        self.model, self.device = model, model.get_input_embeddings().weight.device
+        self.takes = inspect.signature(_bare(model).forward).parameters.keys()
+        self.name, self.cache = _cache_name(model), None
+        self.spread = torch.tensor(owners, device=self.device)
+        self.ids, self.mask = _left_padded(prompts, self.device)
+
+    def read(self) -> Tensor:
+        """Logits after each row's prompt, (rows, V)."""
+        logits = self._forward(self.ids)
+        self._select(self.spread)
+        return logits[self.spread]
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits after each row's next token, (rows, V)."""
+        self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
+        return self._forward(self.ids if self.cache is None else tokens[:, None])
+
+    def keep(self, stay: list[int]) -> list[int]:
+        """Only these rows go on; in the order that is returned."""
+        self._select(torch.tensor(stay, device=self.device))
+        return stay
+
+    def _select(self, rows: Tensor) -> None:
+        self.ids, self.mask = self.ids[rows], self.mask[rows]
+        if self.cache is not None:
+            self.cache.batch_select_indices(rows)
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": self.name is not None}
         if "attention_mask" in self.takes:
-            inputs["attention_mask"] = mask
+            inputs["attention_mask"] = self.mask
         if "position_ids" in self.takes:
-            inputs["position_ids"] = positions
+            inputs["position_ids"] = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         if "logits_to_keep" in self.takes:
             inputs["logits_to_keep"] = 1
-        if cache is not None:
-            inputs[self.cache_name] = cache
+        if self.cache is not None:
+            inputs[self.name] = self.cache
         out = self.model(**inputs)
-        return out.logits[:, -1].float(), None if self.cache_name is None else getattr(out, self.cache_name)
+        self.cache = None if self.name is None else getattr(out, self.name)
+        return out.logits[:, -1]
+
+
+_BRANCHES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def branches(model: Model) -> bool:
+    """Whether rows may share their prompt's keys: probed once a model, against plain forwards over a few tokens."""
+    bare = _bare(model)
+    if bare not in _BRANCHES:
+        try:
+            shared = support(model).path == "shared"
+        except ModelError:  # weights that are not finite, say: whoever samples will see it
+            return False
+        _BRANCHES[bare] = shared and _cache_name(model) is not None and _probe(model)
+    return _BRANCHES[bare]
+
+
+def _probe(model: Model) -> bool:
+    """Whether given tokens after three prompts, two of them shared, have the log-probs of plain forwards."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    ids = np.arange(3, 13) % vocabulary
+    prompts, owners = [ids[:5], ids[5:7], ids[7:10]], [0, 0, 1, 2, 2]
+    texts = [prompts[owner].tolist() for owner in owners]
+    found, read = [], []
+    try:
+        with torch.no_grad(), evaluation_mode(model):
+            with shared_attention(model):
+                batch = _Branching(model, prompts, owners, 3)
+                found.append(batch.read())
+                read += [list(text) for text in texts]
+                for leaves in (None, 0, 2):  # a row, then a prompt with its only row
+                    if leaves is not None:
+                        order = batch.keep([i for i in range(len(texts)) if i != leaves])
+                        texts = [texts[i] for i in order]
+                    tokens = (ids[: len(texts)] * 3 + len(texts[0])) % vocabulary
+                    found.append(batch.step(torch.from_numpy(tokens).to(batch.device)))
+                    texts = [[*text, token] for text, token in zip(texts, tokens.tolist(), strict=True)]
+                    read += texts
+            expected = [model(input_ids=torch.tensor([text], device=batch.device)).logits[0, -1] for text in read]
+    except (NotShared, TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+        return False
+    off = (torch.cat(found).double().log_softmax(-1) - torch.stack(expected).double().log_softmax(-1)).abs().max()
+    return float(off) <= (TOLERANCE if model.dtype in (torch.float32, torch.float64) else 0.15)
+
+
+def _bare(model):
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _cache_name(model: Model) -> str | None:
+    """The forward's argument for a cache: "cache" in transformers from 5.24 on, "past_key_values" before.
+
+    None for models that keep their state under other names: they are computed anew each step, unpadded.
+    """
+    bare = _bare(model)
+    takes = inspect.signature(bare.forward).parameters
+    named = [name for name in ("cache", "past_key_values") if name in takes]
+    return named[0] if named and not getattr(bare, "_is_stateful", False) else None
+
+
+def _last_logits(model: Model, places: Tensor, **inputs) -> Tensor:
+    """(B, len(places), V): the logits of some places alone, where the forward can do that."""
+    if "logits_to_keep" in inspect.signature(_bare(model).forward).parameters:
+        return model(logits_to_keep=places, **inputs).logits
+    return model(**inputs).logits[:, places]
 
 
 def _batches(prompts, samples: int, max_tokens: int, places: int, equal: bool) -> Iterator[list[tuple[int, int]]]:
@@ -150,30 +288,19 @@ def _batches(prompts, samples: int, max_tokens: int, places: int, equal: bool) -
         yield batch
 
 
-def _complete(call: _Call, prompts, rows: list[tuple[int, int]]) -> list[Sample]:
+def _complete(call: _Call, engine, prompts, rows: list[tuple[int, int]]) -> list[Sample]:
     """Completions of one batch. Prompts that occur in several rows are read once, finished rows leave."""
-    device = call.device
     distinct = list(dict.fromkeys(at for at, _ in rows))
-    ids, mask = _left_padded([prompts[at] for at in distinct], device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    logits, cache = call.forward(ids, mask, positions, None)
     place = {at: i for i, at in enumerate(distinct)}
-    spread = torch.tensor([place[at] for at, _ in rows], device=device)
-    logits, mask = logits[spread], mask[spread]
-    if cache is None:
-        ids = ids[spread]
-    elif len(rows) > len(distinct):
-        cache.batch_select_indices(spread)
-    lengths = mask.sum(1)
-    draws = [_stream(call.seed, call.first + at, sample, call.max_tokens) for at, sample in rows]
+    batch = engine(call.model, [prompts[at] for at in distinct], [place[at] for at, _ in rows], call.max_tokens)
+    draws = np.stack([_stream(call.seed, call.first + at, sample, call.max_tokens) for at, sample in rows])
     room = [min(call.max_tokens, (call.limit or 1 << 60) - len(prompts[at])) for at, _ in rows]
     tokens: list[list[int]] = [[] for _ in rows]
     logps: list[list[float]] = [[] for _ in rows]
-    live = list(range(len(rows)))  # row i of the tensors is rows[live[i]]
-
+    live = list(range(len(rows)))  # row i of the batch is rows[live[i]]
+    logits = batch.read()
     for step in range(max(room)):
-        uniform = torch.tensor([draws[row][step] for row in live], dtype=torch.float64)
-        chosen, chosen_logps = _pick(logits, call.temperature, uniform)
+        chosen, chosen_logps = _pick(logits, call.temperature, torch.from_numpy(draws[live, step]))
         if not bool(torch.isfinite(chosen_logps).all()):
             bad = call.first + rows[live[int((~torch.isfinite(chosen_logps)).nonzero()[0])]][0]
             raise NotFiniteError("the model's logits are not finite", where=f"prompt {bad + 1}, token {step + 1}")
@@ -184,19 +311,9 @@ def _complete(call: _Call, prompts, rows: list[tuple[int, int]]) -> list[Sample]
         if not stay:
             break
         if len(stay) < len(live):
-            kept = torch.tensor(stay, device=device)
-            chosen, mask, lengths, live = chosen[kept], mask[kept], lengths[kept], [live[i] for i in stay]
-            if cache is None:
-                ids = ids[kept]
-            else:
-                cache.batch_select_indices(kept)
-        mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
-        if cache is None:
-            ids = torch.cat([ids, chosen[:, None]], dim=1)
-            logits, _ = call.forward(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), None)
-        else:
-            logits, cache = call.forward(chosen[:, None], mask, lengths[:, None], cache)
-        lengths = lengths + 1
+            order = batch.keep(stay)
+            chosen, live = chosen[torch.tensor(order, device=chosen.device)], [live[i] for i in order]
+        logits = batch.step(chosen)
 
     return [_sample(*rows[row], tokens[row], logps[row], call.ends) for row in range(len(rows))]
 
@@ -226,16 +343,30 @@ def _stream(seed: int, prompt: int, sample: int, count: int) -> np.ndarray:
 
 def _pick(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """The chosen token of each row (B,) and its log-prob at temperature 1 (B,), by inverse distribution function."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature == 0:
-        chosen = logits.argmax(-1)
+        chosen = wide.argmax(-1)
     else:
-        exact = logits.cpu() if logits.device.type == "mps" else logits  # MPS has no float64
-        weights = ((exact - exact.amax(-1, keepdim=True)).double() / temperature).exp()
-        sums = weights.cumsum(-1)
-        # The first token whose sum is above u * total has a weight above zero, also where rounding meets the end.
-        total = sums[:, -1:]
-        target = torch.minimum(
-            uniform.to(sums.device)[:, None] * total, torch.nextafter(total, torch.zeros_like(total))
-        )
-        chosen = torch.searchsorted(sums, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1).to(logits.device)
-    return chosen, logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
+        weights = ((wide - wide.amax(-1, keepdim=True)) / temperature).exp_()
+        blocks = nn.functional.pad(weights, (0, -weights.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+        # The first token whose sum is above u * total: first its block, then its place there; float64 for few numbers.
+        sums = _wider(blocks.sum(-1)).cumsum(-1)
+        target = uniform.to(sums.device)[:, None] * sums[:, -1:]
+        block = _first_above(sums, target)
+        before = torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0)
+        mine = blocks[torch.arange(len(blocks), device=blocks.device), block[:, 0].to(blocks.device)]
+        inner = _wider(mine).cumsum(-1)
+        chosen = block * BLOCK + _first_above(inner, target - before)
+        chosen = chosen[:, 0].clamp(max=wide.shape[1] - 1).to(wide.device)
+    return chosen, wide.gather(-1, chosen[:, None])[:, 0] - wide.logsumexp(-1)
+
+
+def _wider(x: Tensor) -> Tensor:
+    return x.to(float64_device(x.device)).double()
+
+
+def _first_above(sums: Tensor, target: Tensor) -> Tensor:
+    """(B, 1) the first column whose sum is above the target; if rounding met the end, the last that adds anything."""
+    last = torch.nextafter(sums[:, -1:], torch.zeros_like(target))
+    found = torch.searchsorted(sums, torch.minimum(target, last).clamp(min=0), right=True)
+    return found.clamp(max=sums.shape[1] - 1)  # which sums that are not finite need

@@ -21,9 +21,14 @@ from transformers import (
     Qwen3NextConfig,
 )
 
+from palate.data.batch import collate
+from palate.data.tokens import TokenGroup
 from palate.errors import DataError, NotFiniteError, UsageError
 from palate.model.adapters import add_lora
-from palate.sampling.generate import generate
+from palate.model.branching import GROWTH, Branches
+from palate.sampling import generate as sampling
+from palate.sampling.generate import branches, generate
+from palate.scoring import token_logps
 
 BASE = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 64}
 HEADS = {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -143,16 +148,68 @@ def test_a_part_of_the_prompts_draws_what_the_whole_would(kind, temperature):
     assert drawn[6:12] != [(s.ids.tolist(), s.finished) for s in generate(model, Ends(), rows[3:6], **how)]
 
 
-def test_every_token_is_computed_once():
+SHARES = {"llama", "gpt2", "gemma3", "mistral", "neox"}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_which_models_share_a_prompt_among_its_samples(kind):
+    assert branches(make(kind)) == (kind in SHARES)
+
+
+@pytest.mark.parametrize("kind", sorted(SHARES))
+def test_sharing_a_prompt_is_copying_it(kind, monkeypatch):
+    model, rows = make(kind, scale=2.0), prompts(6)
+    how = {"max_tokens": 20, "samples": 3, "seed": 4, "end_ids": {2, 5, 6, 7, 8}}
+    shared = generate(model, Ends(), rows, **how)
+    assert len({len(sample.ids) for sample in shared}) > 5, "rows should leave at different times"
+    monkeypatch.setattr(sampling, "branches", lambda model: False)
+    same(shared, generate(model, Ends(), rows, **how))
+
+
+def test_a_model_that_does_not_share_is_found_out(monkeypatch):
+    """Keys of the wrong prompt: the probe must see it, and the stock forward take over."""
+    model, rows = make(), prompts(4)
+    monkeypatch.setattr(Branches, "attend", lambda self, query, *_: query.transpose(1, 2))
+    assert not branches(model)
+    made = generate(model, Ends(), rows, max_tokens=6, temperature=0, end_ids=set())
+    assert [sample.ids.tolist() for sample in made] == [stock_greedy(model, row, 6, None) for row in rows]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "bloom"])
+def test_logps_are_those_of_scoring(kind):
+    model, rows = make(kind, scale=2.0), prompts(4)
+    made = generate(model, Ends(), rows, max_tokens=9, samples=3, seed=1)
+    groups = [
+        TokenGroup(row, tuple(s.ids for s in mine), tuple(((0, len(s.ids)),) for s in mine))
+        for row, mine in zip(rows, [made[i : i + 3] for i in range(0, len(made), 3)], strict=True)
+    ]
+    with torch.no_grad():
+        scored = token_logps(model, collate(groups)).numpy()
+    assert np.allclose(np.concatenate([s.token_logps for s in made]), scored, atol=1e-4)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_every_token_is_computed_once(shared, monkeypatch):
     model, rows = make(), prompts(3)
+    monkeypatch.setattr(sampling, "branches", lambda model: shared)
     seen = []
     watch = model.register_forward_pre_hook(
         lambda _, args, inputs: seen.append(inputs["input_ids"].numel()), with_kwargs=True
     )
     generate(model, Ends(), rows, max_tokens=5, samples=2, end_ids=set())
     watch.remove()
-    longest = max(len(row) for row in rows)
-    assert seen == [3 * longest, 6, 6, 6, 6], "the cache is not used"
+    lengths = [len(row) for row in rows]
+    assert seen == [sum(lengths) if shared else 3 * max(lengths), 6, 6, 6, 6], "the cache is not used"
+
+
+def test_completions_outgrow_the_room_they_begin_with():
+    torch.manual_seed(0)
+    config = LlamaConfig(**BASE | {"max_position_embeddings": 400}, **HEADS)
+    model, rows = AutoModelForCausalLM.from_config(config).eval(), prompts(2)
+    made = generate(model, Ends(), rows, max_tokens=3 * GROWTH - 7, seed=0, end_ids=set())
+    assert all(len(sample.ids) > 2 * GROWTH for sample in made)
+    for sample in made:
+        assert np.allclose(sample.token_logps, reread(model, rows[sample.prompt], sample), atol=1e-4)
 
 
 def test_more_tokens_prolong_the_same_completions():
