@@ -9,7 +9,7 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,6 +32,7 @@ class Run:
 
     def __init__(self, path: Path, lock: Lock, record: dict[str, Any]):
         self.path, self.record, self._lock = path, record, lock
+        self.listener: Callable[[Mapping[str, Any]], None] | None = None  # is told each line that is logged
 
     @classmethod
     def create(
@@ -145,6 +146,8 @@ class Run:
     def log(self, line: Mapping[str, Any]) -> None:
         """Adds a line to metrics.jsonl; what is not finite becomes null."""
         files.append_json(self.path / "metrics.jsonl", line)
+        if self.listener is not None:
+            self.listener(line)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, without a last one that was cut off."""

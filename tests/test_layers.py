@@ -18,6 +18,7 @@ LINES = [
     ["reference"],
     ["scoring", "worlds"],
     ["data", "model", "losses"],
+    ["track"],
     ["store", "layout", "run"],
     ["files", "builtin"],
     ["errors", "tally", "distributed"],

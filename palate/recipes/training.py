@@ -68,6 +68,10 @@ class TrainingConfig(InputConfig):
     require_better: Annotated[bool, Field(description="Exit 4 unless shown better on held-out data")] = False
     dry_run: Annotated[bool, Field(description="Print the plan and stop")] = False
     report: Annotated[bool, Field(description="Write report.html at the end")] = True
+    track: Annotated[
+        Literal["tensorboard", "trackio", "wandb", "mlflow"] | None,
+        Field(description="Send the numbers to a tracker besides; tensorboard's files lie in the run folder"),
+    ] = None
     train: TrainConfig = TrainConfig()
 
     @model_validator(mode="after")
@@ -96,7 +100,7 @@ class Paused(Interrupted):
 
 
 # what may differ between a run and its resumption: nothing that moves a number
-MAY_CHANGE = ("log_every", "require_better", "save_every", "report")
+MAY_CHANGE = ("log_every", "require_better", "save_every", "report", "track")
 
 
 @dataclass(frozen=True)
@@ -278,7 +282,9 @@ def open_folder(config, verb: str, say: Say) -> tuple[Path, dict[str, Any] | Non
     --out, or the next free runs/VERB-N. Looked at before data and model are, so that neither need be there any more.
     """
     from palate.run import Run, check_out, next_folder, status_of
+    from palate.track import check_tracker
 
+    check_tracker(getattr(config, "track", None))
     if config.out is None:
         if config.resume:
             raise UsageError("--resume needs --out", code="E313", next="name the run folder to go on with")
@@ -328,19 +334,23 @@ def train(
     What is raised names the folder in its `result`.
     """
     from palate.run import Run
+    from palate.track import tracking
 
     if not config.resume:
         check_disk(config, prepared.loaded.model, out)
     try:
-        with Run.create(
-            out,
-            verb=verb,
-            config=resolved(config),
-            argv=list(argv),
-            resume=config.resume,
-            may_change=MAY_CHANGE,
-            parents=[{"model": prepared.loaded.name, "identity": prepared.identity}],
-        ) as run:
+        with (
+            Run.create(
+                out,
+                verb=verb,
+                config=resolved(config),
+                argv=list(argv),
+                resume=config.resume,
+                may_change=MAY_CHANGE,
+                parents=[{"model": prepared.loaded.name, "identity": prepared.identity}],
+            ) as run,
+            tracking(config.track, run, resolved(config), say),
+        ):
             result = _train(
                 config, run, prepared, say, panel, annotate, dict(facts or {}), better, verdict, retention, stop,
                 ending or Ending(), own, watch,

@@ -400,3 +400,23 @@ def test_json_keys(palate, tiny, tmp_path):
     result = palate("dpo", model=tiny, data=tmp_path / "none.jsonl", out="run2", **SMALL)
     assert {"verb", "status", "exit_code", "out", "error"} <= {*result}
     assert palate.code == 3
+
+
+def test_the_numbers_go_to_a_tracker_besides(palate, tiny, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    data = write_rows(tmp_path / "data.jsonl", pairs(24))
+    palate.ok("dpo", model=tiny, data=data, out="run", track="tensorboard", **SMALL)
+    events = EventAccumulator("run/tensorboard").Reload()
+    for name in ("rewards/margins", "eval/loss"):
+        told = [(event.step, event.value) for event in events.Scalars(name)]
+        assert told == [(line["step"], pytest.approx(line[name])) for line in metrics(Path("run")) if name in line]
+        assert len(told) > 1
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(palate, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("palate.track.find_spec", lambda name: None)
+    palate("dpo", model=tiny, data=write_rows(tmp_path / "data.jsonl", pairs(24)), out="run", track="wandb", **SMALL)
+    assert (palate.code, palate.result["error_code"], Path("run").exists()) == (2, "E319", False)
+    assert "pip install accelerate wandb" in palate.said
