@@ -205,11 +205,6 @@ def read_yaml(path: str | Path) -> dict[str, Node]:
     return _Builder(text, _show(path)).document().value
 
 
-def to_yaml(config: BaseModel) -> str:
-    """The resolved config as YAML that `-c` reads back to an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
 # --- the shape of a config type ---------------------------------------------------------------------------------------
 
 

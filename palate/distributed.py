@@ -1,6 +1,6 @@
 """Ranks: who takes which share, and how sums cross processes. One process is a mesh of one, and pays nothing for it."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +28,10 @@ class Ranks:
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
 
-    @property
-    def first(self) -> bool:
-        """Whether this process speaks, logs and saves for all."""
-        return self.data_rank == 0
+    def once(self, do: Callable[[], None]) -> None:
+        """Calls `do` in the one process that logs and saves for all; no collective may stand in it."""
+        if self.data_rank == 0:
+            do()
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Adds up every parameter's gradient over ranks; a rank without a share counts as zero."""

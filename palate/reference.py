@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -36,7 +36,8 @@ class ReferenceColumn:
 
     totals: per group one sum per completion, nats, float64. scored, reused: distinct completions computed or found.
     tags: the numerics that the values were made under; where they are not the policy's own, margins at the start are
-    tiny instead of zero. identity: of weights, forward-relevant config and precision.
+    tiny instead of zero. identity: of weights, forward-relevant config and precision. keys: (completions, 2) uint64,
+    of the groups' contents in order.
     """
 
     totals: tuple[tuple[float, ...], ...]
@@ -44,12 +45,13 @@ class ReferenceColumn:
     reused: int
     tags: tuple[str, ...]
     identity: str
+    keys: np.ndarray = field(compare=False, repr=False)
 
-    def write(self, path: Path, groups: Sequence[TokenGroup]) -> None:
-        """Pins the column in a file, under the groups' content keys."""
+    def write(self, path: Path) -> None:
+        """Pins the column in a file, under its groups' content keys."""
         facts = {"scored": self.scored, "reused": self.reused, "tags": list(self.tags), "identity": self.identity}
         values = np.array([value for group in self.totals for value in group], dtype=np.float64)
-        _save(path, {"keys": _keys(groups), "logps": values}, facts)
+        _save(path, {"keys": self.keys, "logps": values}, facts)
 
     @classmethod
     def read(cls, path: Path, groups: Sequence[TokenGroup]) -> "ReferenceColumn | None":
@@ -57,7 +59,8 @@ class ReferenceColumn:
         if not path.exists():
             return None
         tensors, facts = _load(path)
-        if not np.array_equal(tensors["keys"], _keys(groups)):
+        keys = _keys(groups)
+        if not np.array_equal(tensors["keys"], keys):
             raise CheckpointError(
                 "the pinned reference column belongs to other rows or another tokenizer",
                 where=str(path),
@@ -66,7 +69,7 @@ class ReferenceColumn:
             )
         values = iter(tensors["logps"].tolist())
         totals = tuple(tuple(next(values) for _ in group.completions) for group in groups)
-        return cls(totals, facts["scored"], facts["reused"], tuple(facts["tags"]), facts["identity"])
+        return cls(totals, facts["scored"], facts["reused"], tuple(facts["tags"]), facts["identity"], keys)
 
 
 def annotate(
@@ -134,7 +137,8 @@ def reference_column(
             progress(done, todo)
     totals = tuple(tuple(float(values[row]) for row in group_rows) for group_rows in columns)
     tags = tuple(sorted({*plan["tags"], *([tag] if todo else [])}))
-    return ReferenceColumn(totals, todo, len(rows) - todo, tags, identity)
+    every = keys[[row for group_rows in columns for row in group_rows]]
+    return ReferenceColumn(totals, todo, len(rows) - todo, tags, identity, every)
 
 
 def _save(path: Path, arrays: dict[str, np.ndarray], facts: dict) -> None:

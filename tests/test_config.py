@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from palate.config import MAX_BYTES, fill, leaves, locate, read_yaml, scalar, to_yaml
+from palate.config import MAX_BYTES, fill, leaves, locate, read_yaml, scalar
 from palate.errors import UsageError
 
 
@@ -271,10 +271,8 @@ POSITIVE = st.floats(min_value=0, exclude_min=True, allow_infinity=False, allow_
 def test_a_resolved_config_reads_back_equal(tmp_path_factory, data, lr, beta, columns, options, clip):
     config = Stand(data=data, lr=lr, beta=beta, columns=columns, loss_options=options, train=Train(clip_norm=clip))
     path = tmp_path_factory.mktemp("c") / "config.yaml"
-    for text in (to_yaml(config), yaml.safe_dump(config.model_dump(mode="json"))):
-        path.write_text(text, encoding="utf-8")
-        again, _ = fill(Stand, {}, path)
-        assert again == config
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
+    assert fill(Stand, {}, path)[0] == config
 
 
 @settings(max_examples=150, deadline=None)
@@ -307,7 +305,7 @@ def test_every_verb_reads_back_its_own_defaults(tmp_path):
         needed = {path: "lr=1e-5,0.1" if leaf.open else "x" for path, leaf in known if leaf.field.is_required()}
         needed |= {path: "x,y" for path, leaf in known if leaf.field.annotation == list[str]}
         config, _ = fill(config_type, needed)
-        (tmp_path / f"{verb}.yaml").write_text(to_yaml(config))
+        (tmp_path / f"{verb}.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
         assert fill(config_type, {}, tmp_path / f"{verb}.yaml")[0] == config
 
 

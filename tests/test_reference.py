@@ -186,14 +186,14 @@ def test_an_annotated_value_is_the_models_own(llama, groups):
 
 def test_a_pinned_column_is_read_alone(llama, groups, tmp_path):
     made = column(llama, groups)
-    made.write(tmp_path / "reference.safetensors", groups)
+    made.write(tmp_path / "reference.safetensors")
     assert ReferenceColumn.read(tmp_path / "reference.safetensors", groups) == made
     assert ReferenceColumn.read(tmp_path / "none.safetensors", groups) is None
 
 
 def test_a_pinned_column_of_other_rows_is_refused(llama, groups, tmp_path):
     path = tmp_path / "reference.safetensors"
-    column(llama, groups).write(path, groups)
+    column(llama, groups).write(path)
     for other in (groups[::-1], groups[1:], [*groups, groups[0]]):
         with pytest.raises(CheckpointError, match="other rows") as raised:
             ReferenceColumn.read(path, other)
@@ -202,7 +202,7 @@ def test_a_pinned_column_of_other_rows_is_refused(llama, groups, tmp_path):
 
 def test_a_rotten_pinned_column_is_refused(llama, groups, tmp_path):
     path = tmp_path / "reference.safetensors"
-    column(llama, groups).write(path, groups)
+    column(llama, groups).write(path)
     good, chance = path.read_bytes(), np.random.default_rng(0)
     for _ in range(60):
         bad = bytearray(good)

@@ -72,11 +72,6 @@ def is_adapted(model: Model) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "disable_adapter") and hasattr(model, "get_base_model")
 
 
-def trainable_names(model: Model) -> list[str]:
-    """The names of the parameters that an optimizer may move."""
-    return [name for name, weight in model.named_parameters() if weight.requires_grad]
-
-
 @contextmanager
 def reference_mode(model: Model) -> Iterator[Model]:
     """Within, `model` is what it was before its adapter; afterwards it is as before, gradients' flags included.

@@ -208,7 +208,7 @@ def pin_reference(config: PreferenceConfig, prepared, waiting: list, say, run, g
             folder=run.path / "scoring",
             progress=every_tenth(lambda done, todo: say(f"reference: {done} of {todo} completions scored")),
         )
-        column.write(run.reference_path, everything)
+        column.write(run.reference_path)
         for note in store.notes:
             say(f"reference: {note}")
     seconds = round(time.perf_counter() - began, 3)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from palate.data.stream import StepBatch
@@ -55,20 +56,18 @@ def fit(
         return
     with _signals() as asked:
         for step in steps(state, batches, objective, ranks, inspect=inspect):
-            _log(run, step.as_dict(), ranks, show)
+            ranks.once(partial(_log, run, step.as_dict(), show))
             if step.number % every:
                 continue
             final, improved = step.number == last, False
             if evaluate is not None and (final or (eval_every and step.number % eval_every == 0)):
                 found = evaluate()
-                _log(run, {"step": step.number} | found, ranks, show)
+                ranks.once(partial(_log, run, {"step": step.number} | found, show))
                 improved = better is not None and _improves(found.get(better.lstrip("-")), state.best, better)
                 if improved:
                     state.best = {"step": step.number, "value": found[better.lstrip("-")]}
             if final or asked or improved or step.number == stop or (save_every and step.number % save_every == 0):
-                if ranks.first:
-                    run.sync()  # the lines that the checkpoint counts on come to the disk before it
-                    checkpoint.save(state, run.checkpoints, keep=keep, meta=meta)
+                ranks.once(partial(_save, state, run, keep, meta))
             if asked and not final:
                 raise Interrupted(
                     f"stopped by {asked[0]} after step {step.number}, which is saved",
@@ -84,11 +83,15 @@ def _improves(value: float | None, best: dict[str, Any] | None, better: str) -> 
     return best is None or (value < best["value"] if better.startswith("-") else value > best["value"])
 
 
-def _log(run: Run, line: dict[str, Any], ranks: Ranks, show) -> None:
-    if ranks.first:
-        run.log(line | {"time": time.time()})
-        if show is not None:
-            show(line)
+def _log(run: Run, line: dict[str, Any], show) -> None:
+    run.log(line | {"time": time.time()})
+    if show is not None:
+        show(line)
+
+
+def _save(state: TrainState, run: Run, keep: int, meta: dict[str, Any] | None) -> None:
+    run.sync()  # the lines that the checkpoint counts on come to the disk before it
+    checkpoint.save(state, run.checkpoints, keep=keep, meta=meta)
 
 
 @contextmanager

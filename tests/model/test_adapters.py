@@ -6,15 +6,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from palate.errors import ModelError, UsageError
-from palate.model.adapters import (
-    add_lora,
-    is_adapted,
-    merged_copy,
-    reference_mode,
-    trainable_names,
-)
+from palate.model.adapters import add_lora, is_adapted, merged_copy, reference_mode
 
 IDS = torch.tensor([[5, 9, 2, 11, 60, 3, 3, 8], [1, 90, 44, 7, 7, 12, 50, 31]])
+
+
+def trainable(model) -> list[str]:
+    return [name for name, weight in model.named_parameters() if weight.requires_grad]
 
 
 def llama(dtype=torch.float32, **changes):
@@ -68,29 +66,29 @@ def test_training_moves_the_adapters_and_no_other_bit(make):
     before = {name: value.clone() for name, value in adapted.state_dict().items()}
     train(adapted)
     moved = {name for name, value in adapted.state_dict().items() if not torch.equal(value, before[name])}
-    assert moved == set(trainable_names(adapted))
+    assert moved == set(trainable(adapted))
     assert all("lora_" in name for name in moved) and any("lora_A" in name for name in moved)
 
 
 @FAMILIES
 def test_switched_off_it_is_the_model_that_was_loaded_also_after_training(make):
     adapted = add_lora(make(), 4)
-    names = trainable_names(adapted)
+    names = trainable(adapted)
     train(adapted)
     assert not torch.allclose(logits(adapted), logits(make()), atol=1e-3)
     with reference_mode(adapted) as reference:
         assert torch.equal(logits(reference), logits(make()))
-    assert trainable_names(adapted) == names
+    assert trainable(adapted) == names
     train(adapted, 1)
 
 
 def test_reference_mode_is_left_when_the_body_raises():
     adapted = add_lora(llama(), 4)
     train(adapted)
-    expected, names = logits(adapted), trainable_names(adapted)
+    expected, names = logits(adapted), trainable(adapted)
     with pytest.raises(KeyError), reference_mode(adapted):
         raise KeyError
-    assert torch.equal(logits(adapted), expected) and trainable_names(adapted) == names
+    assert torch.equal(logits(adapted), expected) and trainable(adapted) == names
 
 
 def test_a_plain_model_has_no_reference_inside():
@@ -110,7 +108,7 @@ def test_all_linear_layers_but_the_head_are_adapted(make):
         if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and module is not head
     }
     adapted = add_lora(model, 4)
-    found = {n.split(".lora_A")[0].removeprefix("base_model.model.") for n in trainable_names(adapted) if "lora_A" in n}
+    found = {n.split(".lora_A")[0].removeprefix("base_model.model.") for n in trainable(adapted) if "lora_A" in n}
     assert found == linear and linear
 
 
@@ -125,7 +123,7 @@ def test_the_seed_alone_decides_the_start_and_no_randomness_is_spent():
     two = add_lora(model, 4, seed=1)
     assert torch.equal(torch.random.get_rng_state(), state)
     other = add_lora(llama(), 4, seed=2)
-    a, b, c = (m.get_parameter(next(n for n in trainable_names(m) if "lora_A" in n)) for m in (one, two, other))
+    a, b, c = (m.get_parameter(next(n for n in trainable(m) if "lora_A" in n)) for m in (one, two, other))
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
@@ -133,7 +131,7 @@ def test_rank_and_alpha_mean_what_they_say():
     config = add_lora(llama(), 4).peft_config["default"]
     assert (config.r, config.lora_alpha) == (4, 8)
     adapted = add_lora(llama(), 4, 12)
-    name = next(n for n in trainable_names(adapted) if "lora_A" in n)
+    name = next(n for n in trainable(adapted) if "lora_A" in n)
     assert adapted.get_parameter(name).shape[0] == 4
     assert adapted.get_submodule(name.split(".lora_A")[0]).scaling["default"] == 3.0
 

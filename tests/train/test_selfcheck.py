@@ -152,7 +152,6 @@ def test_a_run_says_which_of_them_differs(what, says, tmp_path, monkeypatch, cap
     from runs_kit import Command, pairs, save_model, write_rows
 
     from palate.recipes import preference
-    from palate.reference import ReferenceColumn
     from palate.train import loop
 
     monkeypatch.chdir(tmp_path)
@@ -183,7 +182,7 @@ def test_a_run_says_which_of_them_differs(what, says, tmp_path, monkeypatch, cap
             column = original(*arguments, **options)
             tags = ("bfloat16 elsewhere",) if what == "dtype" else column.tags
             totals = tuple(tuple(v + 1.0 for v in row) for row in column.totals)
-            return ReferenceColumn(totals, column.scored, column.reused, tags, column.identity)
+            return replace(column, totals=totals, tags=tags)
 
         monkeypatch.setattr(reference, "reference_column", shifted)
     palate = Command(capsys)
