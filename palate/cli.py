@@ -266,7 +266,7 @@ def _panel(total_steps: int, stream=None):
 
 def _parse(app, argv: list[str], known) -> None:
     """Runs cyclopts over the line; what it refuses becomes one UsageError."""
-    from cyclopts.exceptions import CycloptsError, UnknownOptionError
+    from cyclopts.exceptions import CycloptsError, UnknownOptionError, UnusedCliTokensError
 
     try:
         app(argv, exit_on_error=False, print_error=False)
@@ -281,6 +281,10 @@ def _parse(app, argv: list[str], known) -> None:
         verb = argv[0] if known else ""
         hint = f"did you mean --{near}" if near else f"see {app.name[0]} {verb} --help".replace("  ", " ")
         raise UsageError("no such option", where=word, code="E301", next=hint) from None
+    except UnusedCliTokensError as error:
+        words = " ".join(error.unused_tokens or [])
+        hint = f"give every option one value, in quotes where it has blanks; see {app.name[0]} {argv[0]} --help"
+        raise UsageError(f"{words!r} belongs to no option", code="E300", next=hint) from None
     except CycloptsError as error:
         raise UsageError(str(error).rstrip("."), code="E300", next=f"see {app.name[0]} {argv[0]} --help") from None
 

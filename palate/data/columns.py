@@ -891,6 +891,10 @@ def recognise(
 
     Raises DataError (E202) where none fits any row, with the columns found and the nearest dialect.
     """
+    for column in names.values():
+        if column and not any(column in row for _, row in rows):
+            place, row = rows[0]
+            raise absent(column, row).at(place)
     views = [View(row, names) for _, row in rows]
     best, most = None, 0
     for dialect in dialects:
@@ -912,6 +916,7 @@ def recognise(
 
     nearest = max(dialects, key=met)
     everything = [d for table in (PAIRS, RANKINGS, FEEDBACK, DEMONSTRATIONS, TEXTS) for d in table]
+    everything += PROMPTS if len(row) == 1 else []  # beside other columns a prompt alone says little
     other = next((d for d in everything if d.matches(view)), None)
     if met(nearest) and other is None:
         need = next(n for n in ((n,) if isinstance(n, str) else n for n in nearest.needs) if not any(map(view.has, n)))

@@ -37,7 +37,11 @@ _MAGIC = [
     (b"\xfd7zXZ", "xz"),
     (b"PK\x03\x04", "zip"),
     (b"SQLite format 3", "SQLite"),
+    (b"version https://git-lfs", "a Git LFS pointer"),
+    (b"<!DOCTYPE", "HTML"),
+    (b"<html", "HTML"),
 ]
+_FETCH = {"a Git LFS pointer": "run `git lfs pull`", "HTML": "download the file itself, not the page that shows it"}
 _ENCODINGS = [
     (b"\xff\xfe\x00\x00", "UTF-32LE"),
     (b"\x00\x00\xfe\xff", "UTF-32BE"),
@@ -230,7 +234,7 @@ class Rows:
             raise self._refused("E104", "no rows: the file is empty", "check the step that exported the file")
         for magic, name in _MAGIC:
             if start.startswith(magic) and not (name == "Parquet" and self.format == "parquet"):
-                todo = f"unpack the {name} file"
+                todo = _FETCH.get(name, f"unpack the {name} file")
                 if name == "Parquet":
                     todo = "rename it to .parquet or give --format parquet"
                 ending = next((ending for ending, kind in PACKED.items() if kind == name), None)

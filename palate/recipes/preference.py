@@ -126,7 +126,8 @@ def loss_options(config: PreferenceConfig) -> dict[str, Any]:
     """Every option of the loss, --beta folded in. Raises UsageError naming the loss and what it takes."""
     from palate import losses
 
-    given = dict(config.loss_options)
+    written = {name.replace("-", "_"): name for name in config.loss_options}  # flags have hyphens
+    given = {name: config.loss_options[key] for name, key in written.items()}
     if config.loss not in losses.LOSSES:
         raise UsageError(
             f'there is no loss "{config.loss}"',
@@ -155,7 +156,8 @@ def loss_options(config: PreferenceConfig) -> dict[str, Any]:
         return losses.check_options(config.loss, given)
     except (ValueError, TypeError) as error:
         named = next((key for key in given if f'option "{key}"' in str(error)), None)
-        where = "beta" if named == "beta" and config.beta is not None else f"loss_options.{named}" if named else "loss"
+        inside = f"loss_options.{written.get(named)}"
+        where = "beta" if named == "beta" and config.beta is not None else inside if named else "loss"
         raise UsageError(str(error), where=where, code="E307", next="see docs/losses.md") from None
 
 

@@ -63,6 +63,9 @@ def run(config: ScoreConfig, *, verb: str = "score", argv=(), say=stderr, panel=
     groups = [group for _, group in kept]
     if not groups:
         raise DataError(f"no row of {config.data} is left to score", code="E104", next="look at the messages above")
+    if not any(group.completions for group in groups):
+        what = "the rows are prompts, with no completion to score"
+        raise DataError(what, where=config.data, code="E202", next="give completions, or palate generate writes some")
     say(f"data: {reading.summary()}")
 
     def column(loaded):
