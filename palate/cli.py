@@ -65,6 +65,10 @@ VERBS = {
         "Train on own samples as a judge orders them, sampled anew for every step: online DPO.",
         "palate.recipes.online:OnlineConfig",
     ),
+    "self-reward": Verb(
+        "Train on own samples by own judgement, in rounds: Self-Rewarding.",
+        "palate.recipes.self_rewarding:SelfRewardConfig",
+    ),
     "sweep": Verb(
         "One of dpo, kto, sft over a grid of options: best cell, table, plot.",
         "palate.recipes.sweep:SweepConfig",

@@ -19,7 +19,8 @@ from .files import Lock
 
 _LOCK = ".lock"
 # What a round of samples leaves in its folder before the run that trains on it begins there.
-_PREPARED = frozenset({"samples", "judged", "pairs.jsonl", "held.jsonl", "pairs.json", "before", "config.yaml"})
+_PREPARED = frozenset(("written", "asked.json", "asked.jsonl", "samples", "judged", "checked", "pairs.jsonl",
+                       "held.jsonl", "pairs.json", "before", "config.yaml"))  # fmt: skip
 # Options that say how a run is started or shown, not what it computes.
 _PASSING = frozenset({"resume", "dry_run", "json", "out", "require_better"})
 

@@ -15,7 +15,7 @@ UNPARSED = 0.2  # of the judgements
 ONE_SCORE = 0.9  # of the judgements that can be read
 TIES = 0.5  # of the prompts
 YIELD_FALL = 0.5  # of the first round's pairs a prompt
-LENGTH_FACTOR = 1.5  # of the first round's mean length, up or down
+LENGTH_FACTOR = 1.5  # of the mean length at the start, up or down
 
 
 def agreement(
@@ -81,8 +81,8 @@ def histogram(scores: Sequence[int | None], most: int) -> list[int]:
 def alarms(row: Mapping[str, Any], first: Mapping[str, Any] | None = None) -> list[str]:
     """What a person should worry about in a round's numbers, one sentence each; numbers that are not there say nothing.
 
-    row: `unparsed_share` of judgements, `histogram`, `tie_share` and `pair_yield` of prompts, `length` in tokens.
-    first: the numbers of the first round.
+    row: `unparsed_share` of judgements, `histogram`, `tie_share` and `pair_yield` of prompts, `length` and
+    `start_length` in tokens. first: the numbers of the first round.
     """
     said = []
     if (unread := row.get("unparsed_share")) is not None and unread > UNPARSED:
@@ -99,8 +99,8 @@ def alarms(row: Mapping[str, Any], first: Mapping[str, Any] | None = None) -> li
         said.append(
             f"{now:.0%} of the prompts give a pair" + (f", {before:.0%} in the first round." if before else ".")
         )
-    before, now = first.get("length"), row.get("length")
+    before, now = row.get("start_length"), row.get("length")
     if before and now and not before / LENGTH_FACTOR <= now <= before * LENGTH_FACTOR:
         word = "longer" if now > before else "shorter"
-        said.append(f"Completions became {word}: {now:.0f} tokens in the mean, {before:.0f} in the first round.")
+        said.append(f"Completions became {word}: {now:.0f} tokens in the mean, {before:.0f} at the start.")
     return said

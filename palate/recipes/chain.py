@@ -10,7 +10,8 @@ from palate.files import read_json, sha256_file, write_json
 
 MANIFEST, TABLE = "manifest.json", "rounds.json"
 # what a round makes that is the same however often it was killed; the rest has times in it, or what was in a store
-MADE = ("samples", "judged", "pairs.jsonl", "held.jsonl", "pairs.json", "model", "before", "after", "compare")
+MADE = ("written", "asked.json", "asked.jsonl", "samples", "judged", "checked", "pairs.jsonl", "held.jsonl",
+        "pairs.json", "model", "before", "after", "compare")  # fmt: skip
 
 
 def folder_of(out: Path, number: int) -> Path:

@@ -74,7 +74,7 @@ class RoundsConfig(OwnSamplesConfig):
         ),
     ] = None
     stage: Annotated[
-        Literal["sample", "judge", "pair", "score", "train", "compare"] | None,
+        Literal["start", "sample", "judge", "pair", "score", "train", "compare"] | None,
         Field(description="Do this stage of the first unfinished round, and stop; default: all of all rounds"),
     ] = None
     part: Annotated[
@@ -120,8 +120,9 @@ class Way:
     candidates: samples of each prompt.
     judge: (round) -> (its name, Scorer) of the samples; None: they are not judged.
     keeps_previous: whether a round trains on the pairs of the round before too.
-    start: (folder of the whole) -> the model before round 1, made if need be; default: --model.
+    start: (round 1, folder, panel) makes, or goes on with, the run whose model is before round 1; default: --model.
     extra: (round, cases, pairing) -> further columns of the round's row, of plain values.
+    about: (round 1) -> further lines of the plan.
     """
 
     read: Callable[[], Any]
@@ -131,13 +132,15 @@ class Way:
     candidates: int = 1
     judge: Callable[["Round"], tuple[str, Scorer]] | None = None
     keeps_previous: bool = False
-    start: Callable[[Path], str] | None = None
+    start: Callable[["Round", Path, Any], Any] | None = None
     extra: Callable[["Round", Sequence["Case"], Any], Row] | None = None
+    about: Callable[["Round"], Iterable[str]] | None = None
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """The stages of a round, in their order."""
-        return ("sample", *(("judge",) if self.judge else ()), "pair", "score", "train", "compare")
+        """The stages in their order; of them the start stands once, before round 1."""
+        start, judge = (("start",) if self.start else ()), (("judge",) if self.judge else ())
+        return (*start, "sample", *judge, "pair", "score", "train", "compare")
 
 
 @dataclass(frozen=True)
@@ -342,25 +345,44 @@ def made_by_one(out: Path, begin: Callable) -> None:
 def _rounds(this: Round, argv: list, panel) -> dict[str, Any]:
     """The rounds from the first unfinished one on; with --stage, that stage of it. this: round 1."""
     config, way, out = this.config, this.way, this.out
-    first = way.start(out) if way.start else config.model
+    first = begun_from(this, panel)
+    if config.stage == "start":
+        return {"out": str(out), "stage": config.stage, "summary": [stages.standing(this, config.stage)]}
     while (ended := end_of(config, chain.rows(out))) is None:
         number = len(chain.rows(out)) + 1
         start = str(chain.folder_of(out, number - 1)) if number > 1 else first
         if (this.number, this.start) != (number, start):
             this = replace(this, number=number, start=start, first=first)
         stages.open_round(this)
-        for stage in [config.stage] if config.stage else [name for name in way.stages if name != "score"]:
+        for stage in [config.stage] if config.stage else [name for name in way.stages if name not in BY_THE_WAY]:
             stages.check_ready(this, stage)
             stages.DO[stage](this, argv=argv, panel=panel)
             if this.sealed:
                 break
         this.forget()
         if this.sealed:
-            table = chain.write_table(out, judge=config.compared_by)
-            this.tell(sentence(table["rounds"][-1]))
+            row = chain.write_table(out, judge=config.compared_by)["rounds"][-1]
+            this.tell(sentence(row))
+            for alarm in row["alarms"]:
+                this.tell(f"alarm: {alarm}")
         if config.stage is not None and end_of(config, chain.rows(out)) is None:
             return {"out": str(out), "stage": config.stage, "summary": [stages.standing(this, config.stage)]}
     return finish(config, out, first, ended)
+
+
+BY_THE_WAY = ("start", "score")  # the one is done before the rounds are, training does the other
+
+
+def begun_from(this: Round, panel) -> str:
+    """The model before round 1, made where the way makes one; a stage alone waits for it."""
+    if this.way.start is None:
+        return this.config.model
+    folder = stages.start_of(this)
+    if this.config.stage in (None, "start"):
+        this.way.start(this, folder, panel)
+    else:
+        stages.check_ready(this, this.config.stage)
+    return str(folder)
 
 
 def end_of(config: RoundsConfig, rows: Sequence[Row]) -> str | None:
@@ -482,5 +504,6 @@ def plan(this: Round) -> dict[str, Any]:
         f"{config.temperature:g}, at most {config.max_tokens} tokens; {-(-count // config.chunk)} files a round",
         f"training   at most {steps} steps of {config.batch} pairs a round",
         f"compared   on {config.compared_on or f'the {held} held-out prompts'}, by {config.compared_by or 'nobody'}",
+        *(way.about(this) if way.about else ()),
     ]
     return {"plan": told, "rounds": config.rounds, "prompts": count, "held": held, "steps": steps, "summary": told}

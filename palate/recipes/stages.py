@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from palate.errors import CheckpointError, UsageError
@@ -69,8 +70,15 @@ def check_ready(this: "Round", stage: str) -> None:
             raise UsageError(what, where="stage", code="E308", next=f"run --stage {before} first")
 
 
+def start_of(this: "Round") -> Path:
+    """The run folder of the model before round 1, where the way makes one."""
+    return this.out / "start"
+
+
 def is_stage_done(this: "Round", stage: str) -> bool:
     """Whether what the stage makes is there."""
+    if stage == "start":
+        return is_done(start_of(this))
     if stage in CHUNKED:
         return not left(this, stage)
     there = {"pair": "pairs.json", "score": "reference.safetensors", "compare": chain.MANIFEST}
@@ -87,7 +95,7 @@ def left(this: "Round", stage: str) -> int:
 
 def standing(this: "Round", stage: str) -> str:
     """What a stage that ran alone came to."""
-    if this.sealed:
+    if this.sealed and stage != "start":
         return f"round {this.number} is done"
     if stage in CHUNKED and (count := left(this, stage)):
         return f"round {this.number}: {stage}: {count} chunks are left to other parts"
@@ -196,6 +204,8 @@ def pair(this: "Round", **_: Any) -> None:
         "left_out": made.counts,
         "unparsed": made.counts.get("unparsed") if this.way.judge else None,
         "ties": made.counts.get("ties") if this.way.judge else None,
+        "pair_yield": len(made.pairs) / len(found),
+        "tie_share": made.counts["ties"] / len(found) if this.way.judge else None,
         "sampled_length": sum(lengths) / len(lengths),
         "sampled_ended": sum(one.finished for case in found for one in case.candidates) / len(lengths),
         **formats(this, mine[False]),
@@ -324,12 +334,14 @@ def learnt(this: "Round") -> dict[str, Any]:
 
 
 def seal(this: "Round", facts: dict[str, Any]) -> None:
-    """Ends the round with its row."""
+    """Ends the round with its row, alarms included."""
+    from palate.evaluation.judging import alarms
     from palate.files import read_json
     from palate.sampling.chunks import Chunks
 
     row = dict.fromkeys(("pairs", "unparsed", "ties", *LATER)) | {"compared_by": this.config.compared_by}
     row |= read_json(this.folder / "pairs.json") | facts
+    row["alarms"] = alarms(row, chain.rows(this.out)[0] if this.number > 1 else None)
     chain.seal(this.out, this.number, Chunks.there(this.folder / "samples").facts["model"], row)
 
 

@@ -140,7 +140,7 @@ class ModelJudge:
 
     loaded: model and tokenizer. judgements: of each completion, each sampled from a stream of its own. max_tokens: of
     a judgement. chat: whether the judge's prompt is a user's turn, under the chat template, rather than plain text;
-    None: where the tokenizer has a template.
+    None: where the tokenizer has a template. before: turns before that one, such as the system message of training.
     """
 
     loaded: Any
@@ -150,12 +150,13 @@ class ModelJudge:
     max_tokens: int = 256
     seed: int = 0
     chat: bool | None = None
+    before: tuple[Message, ...] = ()
 
     def ask(self, prompt: Text, completion: str) -> Text:
         """The judge's prompt, as it stands in training too."""
         text = self.rubric.fill(prompt, completion)
         chat = bool(self.loaded.tokenizer.chat_template) if self.chat is None else self.chat
-        return (Message("user", text),) if chat else text
+        return (*self.before, Message("user", text)) if chat else text
 
     def judge(self, prompts: Sequence[Text], completions: Sequence[str], first: int = 0) -> list[Judged]:
         """What is said of each completion. first: number of the first, where these are a part of a longer list.

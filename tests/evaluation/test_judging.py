@@ -54,6 +54,7 @@ def test_a_histogram_counts_what_could_be_read():
 
 HEALTHY = {
     "unparsed_share": 0.02, "histogram": [1, 2, 5, 9, 20, 12], "tie_share": 0.1, "pair_yield": 0.85, "length": 30.0,
+    "start_length": 30.0,
 }  # fmt: skip
 
 
@@ -66,7 +67,7 @@ HEALTHY = {
         ({"tie_share": 0.6}, "judged alike on 60%"),
         ({"pair_yield": 0.4}, "40% of the prompts give a pair, 85% in the first round"),
         ({"pair_yield": 0.0}, "0% of the prompts give a pair"),
-        ({"length": 46.0}, "longer: 46 tokens in the mean, 30 in the first"),
+        ({"length": 46.0}, "longer: 46 tokens in the mean, 30 at the start"),
         ({"length": 19.0}, "shorter: 19 tokens"),
     ],
 )

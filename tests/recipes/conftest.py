@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 from runs_kit import TEMPLATE, Command, save_model
 
@@ -16,8 +18,9 @@ def chatty(tmp_path_factory, tiny_llama, tiny_tokenizer):
 
 @pytest.fixture
 def palate(capsys, tmp_path, monkeypatch):
-    """The command line, in an empty folder of its own."""
+    """The command line, in an empty folder of its own, and without the judges that an earlier test imported."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "liking", raising=False)
     return Command(capsys)
 
 
