@@ -23,7 +23,7 @@ from palate.recipes.contest import against_start, opened
 from palate.recipes.plan import plan_lines
 from palate.recipes.rounds import OwnSamplesConfig, Round, Way, by
 from palate.recipes.training import Ending, OwnBatches, open_folder, prepare, save_policy, train
-from palate.recipes.verbs import number, stderr
+from palate.recipes.verbs import max_length, number, stderr
 
 BARREN = 256  # prompts without a single pair after which nothing more is expected of the judge
 
@@ -114,7 +114,7 @@ def run(config: OnlineConfig, *, verb: str = "online-dpo", argv=(), say=stderr, 
         say=say,
         built=partial(build, config, parts),
     )
-    check_room(config, prepared)
+    check_room(config, prepared, max_length(config, prepared.loaded.model))
     held = [parts.records[str(group.source)] for group in prepared.rows.held]
     if held:
         opened(config, held)  # before anything is written

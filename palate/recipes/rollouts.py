@@ -109,16 +109,14 @@ def reward_identity(name: str) -> str:
     return f"{name} {digest.hexdigest()}"
 
 
-def check_room(config: "PpoConfig", prepared) -> None:
-    """Nothing, where each prompt leaves room for a completion; else UsageError (E308)."""
+def check_room(config, prepared, bound: int | None = None) -> None:
+    """Nothing, where each prompt leaves room for a completion; else UsageError (E308). bound: default, the context."""
     from palate.model.load import context
 
-    bound = context(prepared.loaded.model)
+    bound = bound or context(prepared.loaded.model)
     longest = max(len(group.prompt) for group in [*prepared.rows.train, *prepared.rows.held])
     if bound is not None and longest + config.max_tokens > bound:
-        what = (
-            f"the longest prompt, {longest} tokens, and --max-tokens {config.max_tokens} exceed the context of {bound}"
-        )
+        what = f"the longest prompt, {longest} tokens, and --max-tokens {config.max_tokens} exceed the limit of {bound}"
         hint = f"use --max-length {max(2, bound - config.max_tokens)}, which cuts prompts at their start"
         raise UsageError(what, where="max_tokens", code="E308", next=hint)
 

@@ -186,7 +186,7 @@ def pair(this: "Round", **_: Any) -> None:
     if is_stage_done(this, "pair"):
         return
     found = cases(this)
-    made = this.way.pair(this, found)
+    made = whole(this, this.way.pair(this, found))
     mine: dict[bool, list] = {True: [], False: []}
     for one in made.pairs:
         mine[prompt_key(one) in this.held].append(one)
@@ -215,6 +215,21 @@ def pair(this: "Round", **_: Any) -> None:
     this.tell(f"{len(rows)} pairs, {len(mine[True])} more held out, {len(before)} from the round before")
     if not rows:
         seal(this, {})
+
+
+def whole(this: "Round", made):
+    """The pairs that training sees as they were sampled: --max-length cuts neither their prompt nor a side, which
+    would lose its end token."""
+    from palate.data.tokens import tokenize_pair
+    from palate.recipes.verbs import max_length
+    from palate.sampling.pairing import Pairing
+
+    tokenizer, limit = this.loaded.tokenizer, max_length(this.config, this.loaded.model)
+    seen = [(one, tokenize_pair(one, tokenizer, max_length=limit)) for one in made.pairs]
+    kept = [one for one, group in seen if not any(group.cut) and not group.prompt_cut]
+    if cut := len(made.pairs) - len(kept):
+        this.tell(f"{cut} pairs are left out: --max-length {limit} would cut them")
+    return Pairing(tuple(kept), made.counts | {"too long": cut})
 
 
 def previous(this: "Round") -> list[dict[str, Any]]:

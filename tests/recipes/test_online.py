@@ -137,7 +137,7 @@ def test_the_plan_writes_nothing_and_what_cannot_be_is_refused(palate, options):
         ({"candidates": 1}, "candidates"),
         ({"judge": "nobody"}, "no judge"),
         ({"eval": "none", "eval_every": None}, "no prompts are held out"),
-        ({"max_tokens": 300}, "exceed the context"),
+        ({"max_tokens": 300}, "exceed the limit of 256"),
     ):
         palate("online-dpo", out="run", **options | wrong)
         assert palate.code == 2 and said in palate.said and not Path("run").exists()

@@ -64,6 +64,50 @@ def test_a_rounds_samples_and_its_reference_are_of_its_start_and_of_no_earlier_m
     assert plans[0]["seed"] != plans[1]["seed"] and plans[0]["prompts"] == plans[1]["prompts"]
 
 
+def test_a_rounds_log_probs_are_of_the_next_tokens_of_its_completions_by_hand(palate, options, ending):
+    """Token by token over one stock forward a row. Without the shift, with the mask turned round, without the end
+    token or as means, as public code has had it, other numbers come out."""
+    import torch
+
+    palate.ok("spin", out="run", **options | {"rounds": 1})
+    rows = [*read_pairs("run/rounds/01/pairs.jsonl"), *read_pairs("run/rounds/01/held.jsonl")]
+    found = load(ending)
+    groups = [tokenize_pair(row, found.tokenizer) for row in rows]
+    pinned = iter(load_file("run/rounds/01/reference.safetensors")["logps"].tolist())
+    traps = {"unshifted": [], "turned round": [], "no end": [], "mean": []}
+    for group in groups:
+        for ids in group.completions:
+            row = [*group.prompt.tolist(), *ids.tolist()]
+            with torch.no_grad():
+                law = found.model(input_ids=torch.tensor([row])).logits[0].double().log_softmax(-1)
+            stop = 1 + max(place for place, token in enumerate(row) if token in end_tokens(found.tokenizer))
+            said = range(len(group.prompt), stop)
+            by_hand, logged = sum(law[place - 1, row[place]].item() for place in said), next(pinned)
+            assert logged == pytest.approx(by_hand, abs=1e-4)
+            traps["unshifted"].append(sum(law[place, row[place]].item() for place in said) - logged)
+            asked = range(1, len(group.prompt))
+            traps["turned round"].append(sum(law[place - 1, row[place]].item() for place in asked) - logged)
+            traps["no end"].append(sum(law[place - 1, row[place]].item() for place in said[:-1]) - logged)
+            traps["mean"].append(by_hand / len(said) - logged)
+    assert len(traps["mean"]) > 40 and all(np.median(np.abs(off)) > 0.05 for off in traps.values())
+
+
+def test_pairs_that_training_would_cut_are_left_out(palate, options):
+    """A side that alone loses its end token is told by that; the prompt, too, is that of generation."""
+    tokenizer, kept, rows = load(options["model"]).tokenizer, [], []
+    limit = None
+    for out in ("free", "bound"):
+        for stage in ("sample", "pair"):
+            palate.ok("spin", out=out, stage=stage, max_length=limit, **options)
+        rows.append(json.loads(Path(f"{out}/rounds/01/pairs.json").read_text()))
+        pairs = [*read_pairs(f"{out}/rounds/01/pairs.jsonl"), *read_pairs(f"{out}/rounds/01/held.jsonl")]
+        groups = [tokenize_pair(one, tokenizer) for one in pairs]
+        kept.append([len(group.prompt) + max(map(len, group.completions)) for group in groups])
+        limit = sorted(kept[0])[len(kept[0]) // 2]
+    assert kept[1] == [size for size in kept[0] if size <= limit] and 3 < len(kept[1]) < len(kept[0])
+    assert rows[1]["left_out"]["too long"] == len(kept[0]) - len(kept[1]) and rows[0]["left_out"]["too long"] == 0
+
+
 OTHER = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n"
     "{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
