@@ -279,9 +279,13 @@ def support(model: nn.Module) -> Support:
 
     The shared stream is taken only if our attention is called once per layer (with a window where the config has one),
     every log-prob equals row-by-row scoring by the stock forward, and a changed token moves its own branch alone.
-    Raises ModelError where the model gives no logits at all.
+    Raises ModelError where the model gives no logits at all. A model without numbers (on the meta device) cannot be
+    probed, and is taken at its config's word.
     """
     key = _bare(model)
+    if key not in _SUPPORT and key.device.type == "meta":
+        shared = expected_calls(key) is not None
+        _SUPPORT[key] = Support("shared" if shared else "padded", 0.0, "" if shared else "as its config says")
     if key not in _SUPPORT:
         with torch.no_grad(), evaluation_mode(model):
             _SUPPORT[key] = _probe(model)

@@ -145,6 +145,57 @@ def test_dropout_in_the_config_changes_nothing():
     assert torch.equal(token_logps(model, batch), token_logps(model, batch))
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_the_chunk_kept_for_backward_gives_the_gradients_of_one_that_is_made_again(chunks, precision, monkeypatch):
+    """Plain autograd through all logits at once is the truth; a second backward finds nothing kept."""
+    from palate.model import logprob
+
+    model, batch = build("gemma2"), collate(groups_of(12, (9, 20, 18), (4, 11)))
+    monkeypatch.setattr(logprob, "LOGITS_PER_CHUNK", -(-len(batch.targets) // 16 // chunks) * 16 * 300)
+    numerics = Numerics(precision)
+    support(model)
+    head = model.get_output_embeddings()
+    names = [name for name, _ in model.named_parameters()]
+
+    def gradients(value, **options):
+        return torch.autograd.grad(value.sum(), list(model.parameters()), **options)
+
+    value = token_logps(model, batch, numerics=numerics)
+    kept = gradients(value, retain_graph=True)
+    again = gradients(value)
+    for name, one, two in zip(names, kept, again, strict=True):
+        assert torch.equal(one, two), name
+
+    def plain(model, predictors, targets, transform, hidden=None):
+        """The head on all scored rows, by autograd alone."""
+        from contextlib import contextmanager
+
+        @contextmanager
+        def block():
+            found, original = [], head.forward
+
+            def forward(states):
+                logits = original(states.reshape(-1, states.shape[-1]).index_select(0, predictors))
+                wide = transform(logits).float().log_softmax(-1)
+                found.append(wide.gather(-1, targets[:, None])[:, 0])
+                return states[..., :1]
+
+            head.forward = forward
+            try:
+                yield found
+            finally:
+                del head.forward
+
+        return block()
+
+    monkeypatch.setattr("palate.scoring.scored_rows", plain)
+    truth = gradients(token_logps(model, batch, numerics=numerics))
+    slack = 1e-5 if precision == "float32" else 3e-2
+    for name, one, two in zip(names, kept, truth, strict=True):
+        assert float((one - two).norm()) <= slack * float(two.norm()), name
+
+
 def test_the_full_logits_never_exist(monkeypatch):
     """No head output is taller than a chunk, whatever the stream's length."""
     import palate.model.logprob as logprob
@@ -164,7 +215,7 @@ def test_the_full_logits_never_exist(monkeypatch):
     value = token_logps(model, batch)
     value.sum().backward()
     assert max(tallest) == 16
-    assert len(tallest) == 2 * -(-len(batch.targets) // 16)
+    assert len(tallest) == 2 * -(-len(batch.targets) // 16) - 1  # backward begins with the last one, which is kept
     del head.forward
     assert torch.equal(value, token_logps(model, batch))
 

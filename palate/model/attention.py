@@ -129,6 +129,11 @@ def _allowed(rows: int, columns: int, window: int | None, device: torch.device) 
     return allowed
 
 
+def forget_masks() -> None:
+    """Drops the masks that are kept from call to call: those made on tensors without numbers serve nobody else."""
+    _allowed.cache_clear()
+
+
 AttentionInterface.register(NAME, stream_attention)
 
 

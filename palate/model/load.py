@@ -115,6 +115,45 @@ def load(
     return _named(_from_folder(text, _snapshot(text, how), how), text)
 
 
+def outline(name: str | os.PathLike, *, trust_remote_code: bool = False, revision: str | None = None) -> LoadedModel:
+    """`load` without weights: config and tokenizer are read, and the model's parameters stand on the meta device.
+
+    For plans, where a model may be larger than the machine. name: as for `load`, but no adapter and no GGUF file.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    text = os.fspath(name)
+    how = _How(torch.float32, torch.device("meta"), trust_remote_code, revision, 0)
+    tokenizer, folder = None, None
+    if text.startswith("new:"):
+        content, path = _new_config(text, how)
+        if path.parent.is_dir() and any((path.parent / name).is_file() for name in TOKENIZER_FILES):
+            tokenizer = _tokenizer(path.parent, how)
+    else:
+        path = Path(text).expanduser()
+        if text.startswith(builtin.PREFIX):
+            folder = builtin.model_folder(text)
+        elif path.exists() or path.is_absolute() or not _HUB_ID.fullmatch(text):
+            folder = next((one for one in (path, path / "model") if (one / "config.json").is_file()), None)
+        else:
+            folder = _snapshot(text, how, weights=False)
+        if folder is None:
+            raise NotThereError(f"there is no config at {text!r}", code="E401", next="name a folder, new:CONFIG.json")
+        path = folder / "config.json"
+        content = read_object(path)
+        check_remote_code(path, content, how.trust_remote_code)
+        tokenizer = _tokenizer(folder, how)
+    with _refusing(str(path), "E401"), quiet(), torch.device("meta"):
+        if folder is None:
+            config = AutoConfig.for_model(**content)
+        else:
+            config = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=how.trust_remote_code, revision=how.revision
+            )
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=how.trust_remote_code)
+    return LoadedModel(model.eval(), tokenizer, text, folder)
+
+
 _SIZES = ", ".join(f"new:{size}" for size in SIZES)
 _NAMES = "name a model folder, a run folder, a GGUF file, new:CONFIG.json or a Hub id such as owner/name"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9_][\w.-]{0,95})?")
@@ -321,9 +360,8 @@ def _from_adapter(text: str, folder: Path, how: _How) -> LoadedModel:
     return _checked(LoadedModel(model, tokenizer, text, folder, base.notes), how)
 
 
-def _new(text: str, how: _How) -> LoadedModel:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+def _new_config(text: str, how: _How) -> tuple[dict[str, Any], Path]:
+    """What `new:CONFIG.json` or `new:5m` says, and the file's path (for a size, one that is not there)."""
     named = text.removeprefix("new:")
     path = Path(named).expanduser()
     path = path / "config.json" if path.is_dir() else path
@@ -335,9 +373,15 @@ def _new(text: str, how: _How) -> LoadedModel:
         what = f"there is no config at {str(path)!r}"
         raise NotThereError(what, where=text, code="E401", next=f"name a model's config.json, or {_SIZES}")
     check_remote_code(path, content, how.trust_remote_code)
-    kind = content.get("model_type")
-    if not kind:
+    if not content.get("model_type"):
         raise ModelError('"model_type" is missing', where=str(path), code="E401", next='for example "llama"')
+    return content, path
+
+
+def _new(text: str, how: _How) -> LoadedModel:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    content, path = _new_config(text, how)
     state = torch.default_generator.get_state()
     try:
         torch.default_generator.manual_seed(how.seed)
@@ -350,16 +394,17 @@ def _new(text: str, how: _How) -> LoadedModel:
     _cast(model, how.dtype)
     model = model.to(how.device)
     tokenizer = None
-    if named not in SIZES and any((path.parent / name).is_file() for name in TOKENIZER_FILES):
+    if path.is_file() and any((path.parent / name).is_file() for name in TOKENIZER_FILES):
         tokenizer = _tokenizer(path.parent, how)
     return _checked(LoadedModel(model, tokenizer, text, None), how)
 
 
-def _snapshot(hub_id: str, how: _How) -> Path:
+def _snapshot(hub_id: str, how: _How, weights: bool = True) -> Path:
     """The local folder of a Hub model: only files that we read are fetched, so a pickle never arrives."""
     from huggingface_hub import snapshot_download
 
     patterns = [*_HUB_FILES, "*.py"] if how.trust_remote_code else _HUB_FILES
+    patterns = [one for one in patterns if weights or ".safetensors" not in one]
     try:
         with quiet():
             return Path(

@@ -1,7 +1,9 @@
 """Log-probs of given tokens behind the model's own LM head, on scored rows alone, without the full logits.
 
 The head module is called on chunks of rows, inside the model's own forward: a wrapped head (LoRA, sharded, biased) goes
-through the same door as a bare one. Backward computes each chunk's logits again.
+through the same door as a bare one. Backward begins with the last chunk, whose logits were kept for it, and computes
+the others again: one chunk is there at the end of forward and at the start of backward in any case, so what is kept
+raises no peak, and where one chunk is all the head runs once.
 """
 
 from collections.abc import Callable, Iterator
@@ -59,7 +61,8 @@ def scored_rows(
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, predictors)
         if hidden_rows is not None:
             hidden_rows.append(rows)
-        found.append(_TargetLogps.apply(rows, targets, original, transform, size, *parameters)[:count])
+        keep = torch.is_grad_enabled()
+        found.append(_TargetLogps.apply(rows, targets, original, transform, size, keep, *parameters)[:count])
         return hidden[..., :1]
 
     head.forward = forward
@@ -73,17 +76,24 @@ def scored_rows(
 
 
 class _TargetLogps(torch.autograd.Function):
-    """log softmax(head(rows))[targets], (N,), float32 at least; keeps one number a row besides its inputs."""
+    """log softmax(head(rows))[targets], (N,), float32 at least; keeps one number a row and the last chunk's logits."""
 
     @staticmethod
-    def forward(ctx, rows, targets, head, transform, size, *parameters):
+    def forward(ctx, rows, targets, head, transform, size, keep, *parameters):
         device = rows.device.type
         ctx.autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        ctx.head, ctx.transform, ctx.size, ctx.device = head, transform, size, device
+        ctx.head, ctx.transform, ctx.device = head, transform, device
+        ctx.sizes = [len(rows) % size] * (len(rows) % size > 0) + [size] * (len(rows) // size)  # the last one is full
+        ctx.kept = None
         logps, norms = [], []
-        for part, wanted in zip(rows.split(size), targets.split(size), strict=True):
-            logits = head(part)
-            logits = _wide(logits if transform is None else transform(logits))
+        pieces = zip(rows.split(ctx.sizes), targets.split(ctx.sizes), strict=True)
+        for number, (part, wanted) in enumerate(pieces, start=1):
+            if keep and number == len(ctx.sizes):
+                ctx.kept = _logits(ctx, part)
+                logits = _wide(ctx.kept[-1].detach())
+            else:
+                raw = head(part)
+                logits = _wide(raw if transform is None else transform(raw))
             norms.append(logits.logsumexp(-1))
             logps.append(logits.gather(-1, wanted[:, None])[:, 0] - norms[-1])
         ctx.save_for_backward(rows, targets, torch.cat(norms), *parameters)
@@ -93,23 +103,30 @@ class _TargetLogps(torch.autograd.Function):
     def backward(ctx, gradient):
         rows, targets, norms, *parameters = ctx.saved_tensors
         row_gradients, sums = [], [None] * len(parameters)
-        pieces = (x.split(ctx.size) for x in (rows, targets, norms, gradient))
-        with torch.enable_grad(), torch.autocast(ctx.device, ctx.autocast[1], enabled=ctx.autocast[0]):
-            for part, wanted, norm, weight in zip(*pieces, strict=True):
-                part = part.detach().requires_grad_()
-                raw = ctx.head(part)
-                logits = raw if ctx.transform is None else ctx.transform(raw)
-                with torch.no_grad():
-                    # d logp_t / d logits = onehot_t - softmax, written over logits that nothing else needs
-                    slope = _wide(logits.detach() if ctx.transform is None else logits.detach().clone())
-                    weight = weight[:, None].to(slope.dtype)
-                    slope.sub_(norm[:, None]).exp_().mul_(-weight).scatter_add_(-1, wanted[:, None], weight)
-                first, *rest = torch.autograd.grad(
-                    logits, [part, *parameters], slope.to(logits.dtype), allow_unused=True
-                )
-                row_gradients.append(first)
-                sums = [_added(old, new) for old, new in zip(sums, rest, strict=True)]
-        return torch.cat(row_gradients), None, None, None, None, *sums
+        kept, ctx.kept = ctx.kept, None  # a second backward finds nothing kept
+        pieces = [x.split(ctx.sizes) for x in (rows, targets, norms, gradient)]
+        for part, wanted, norm, weight in reversed(list(zip(*pieces, strict=True))):
+            part, logits = _logits(ctx, part) if kept is None else kept
+            kept = None
+            # d logp_t / d logits = onehot_t - softmax, written over logits that nothing else needs
+            slope = _wide(logits.detach() if ctx.transform is None else logits.detach().clone())
+            weight = weight[:, None].to(slope.dtype)
+            slope.sub_(norm[:, None]).exp_().mul_(-weight).scatter_add_(-1, wanted[:, None], weight)
+            first, *rest = torch.autograd.grad(logits, [part, *parameters], slope.to(logits.dtype), allow_unused=True)
+            row_gradients.append(first)
+            sums = [_added(old, new) for old, new in zip(sums, rest, strict=True)]
+            del logits, slope  # before the next chunk's are made
+        return torch.cat(row_gradients[::-1]), None, None, None, None, None, *sums
+
+
+def _logits(ctx, part: Tensor) -> tuple[Tensor, Tensor]:
+    """(part, its logits) as leaf and root of a graph of their own."""
+    # no cache: a weight cast where gradients are off would cut this graph off from the weight
+    autocast = torch.autocast(ctx.device, ctx.autocast[1], enabled=ctx.autocast[0], cache_enabled=False)
+    with torch.enable_grad(), autocast:
+        part = part.detach().requires_grad_()
+        raw = ctx.head(part)
+        return part, raw if ctx.transform is None else ctx.transform(raw)
 
 
 def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:

@@ -209,9 +209,10 @@ def measure() -> Pace:
 
     from palate.data.batch import collate, stream_length
     from palate.data.sources import read_pairs
+    from palate.data.stream import pack
     from palate.data.tokens import end_tokens, tokenize
     from palate.model.load import load
-    from palate.recipes.plan import micro_seconds
+    from palate.recipes.plan import pass_seconds
     from palate.sampling.generate import generate
     from palate.scoring import Numerics, logps
     from palate.train.objectives import objective
@@ -221,10 +222,12 @@ def measure() -> Pace:
     groups = [tokenize(record, tokenizer) for record in read_pairs(f"{DATA}[:{TRIED}]")]
     numerics = Numerics.of(model, "float32", TOKENS)
     plain = objective("cpo", numerics)  # a pairwise loss without a reference: the same work
-    taken = {}
+    taken, lengths = {}, [stream_length(group) for group in groups]
+    part = [groups[i] for i in pack(lengths, TOKENS)[0]]
+    share = BATCH * sum(lengths) / len(lengths) / sum(stream_length(group) for group in part)  # of a step in `part`
     for threads in dict.fromkeys((torch.get_num_threads(), 1)):
         torch.set_num_threads(threads)
-        taken[threads] = min(micro_seconds(model, groups, plain, TOKENS, BATCH) for _ in range(2))
+        taken[threads] = min(pass_seconds(model, part, plain) for _ in range(2)) * share
     torch.set_num_threads(min(taken, key=lambda threads: taken[threads]))
     step = min(taken.values())
     with torch.no_grad():

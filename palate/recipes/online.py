@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from palate.errors import UsageError
 from palate.recipes import chain, stages
 from palate.recipes.contest import against_start, opened
-from palate.recipes.plan import plan_lines
+from palate.recipes.plan import plan_lines, refuse_plan
 from palate.recipes.rounds import OwnSamplesConfig, Round, Way, by
 from palate.recipes.training import Ending, OwnBatches, open_folder, prepare, save_policy, train
 from palate.recipes.verbs import max_length, number, stderr
@@ -101,6 +101,7 @@ def run(config: OnlineConfig, *, verb: str = "online-dpo", argv=(), say=stderr, 
     options = check_loss(config)
     if Ranks.current().data_size > 1:
         raise UsageError(f"palate {verb} runs in one process", code="E308", next="start it without torchrun")
+    refuse_plan(config, verb)
     out, ended = open_folder(config, verb, say)
     if ended is not None:
         return ended
@@ -379,7 +380,6 @@ def plan(config: OnlineConfig, prepared) -> dict[str, Any]:
         reason=prepared.reason,
         precision=prepared.precision,
         objective=prepared.objective,
-        seconds=None,
     )
     lines.append(
         f"samples    {config.candidates} of each of {config.batch} prompts a round, temperature "

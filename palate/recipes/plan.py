@@ -1,14 +1,34 @@
 """The plan of a run before it runs: rows as the loss will see them, steps, rate, memory by part, time, disk."""
 
 import math
+import os
 import shutil
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from palate.errors import MachineError
+from pydantic import BaseModel, ConfigDict, Field
+
+from palate.errors import MachineError, UsageError
 from palate.recipes.verbs import Say
+
+
+class PlanConfig(BaseModel):
+    """What --dry-run plans for, where it is not this machine: asked for, it loads no weights."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    processes: Annotated[
+        int | None, Field(gt=0, description="Plan from the config alone, without weights, for so many processes")
+    ] = None
+    device_memory: Annotated[
+        float | None, Field(gt=0, lt=math.inf, description="GB of memory of one device: does the plan fit?")
+    ] = None
+    tflops: Annotated[
+        float | None, Field(gt=0, lt=math.inf, description="TFLOP/s that one device reaches in training, for the time")
+    ] = None
 
 
 def auto_rate(config, parameters: int) -> tuple[float, str]:
@@ -22,46 +42,52 @@ def auto_rate(config, parameters: int) -> tuple[float, str]:
 
 def dry_run(config, prepared, say: Say) -> dict[str, Any]:
     """The plan, on stdout by way of the result; nothing is written, no weight moves."""
-    from palate.reference import annotate
-
-    model, objective, rows = prepared.loaded.model, prepared.objective, prepared.rows
-    groups = rows.train[: min(len(rows.train), 8)]
-    if objective.reference:
-        groups = annotate(groups, model, numerics=objective.numerics, tokens=config.train.tokens)
-    seconds = micro_seconds(model, groups, objective, config.train.tokens, config.batch)
+    outlined = prepared.loaded.model.device.type == "meta"
+    needs = memory_plan(config, prepared)
+    pace = None if outlined else pace_of(config, prepared, say)
     lines = plan_lines(
         config,
         prepared.loaded,
-        rows,
+        prepared.rows,
         steps=prepared.steps,
         rate=prepared.rate,
         reason=prepared.reason,
         precision=prepared.precision,
-        objective=objective,
-        seconds=seconds,
+        objective=prepared.objective,
+        needs=needs,
+        seconds=pace,
     )
-    lines += [line for group in rows.train[:2] for line in preview(prepared.loaded.tokenizer, group)]
+    lines += [line for group in prepared.rows.train[:2] for line in preview(prepared.loaded.tokenizer, group)]
+    memory = needs.as_dict() if isinstance(needs, Foreseen) else {}
     return {
         "plan": lines,
         "steps": prepared.steps,
-        "rows": rows.counts,
-        "held": len(rows.held),
+        "rows": prepared.rows.counts,
+        "held": len(prepared.rows.held),
         "lr": prepared.rate,
+        "peak_bytes": memory.get("peak"),
+        "memory": memory,
+        "seconds_per_step": pace,
         "reference_scored": 0,
         "reference_reused": 0,
         "summary": lines,
     }
 
 
-def plan_lines(config, loaded, rows, *, steps: int, rate: float, reason: str, precision: str, objective, seconds):
-    """The plan of a run, as lines: rows as the loss will see them, steps, memory by part, time, disk."""
+def plan_lines(
+    config, loaded, rows, *, steps: int, rate: float, reason: str, precision: str, objective, needs=None, seconds=None
+):
+    """The plan of a run, as lines: rows as the loss will see them, steps, memory by part, time, disk.
+
+    needs: of `memory_plan`; without, what the run's rows take is not known. seconds: of a step.
+    """
     from palate.data.batch import stream_length
     from palate.scoring import support
 
     model = loaded.model
+    needs = needs or Estimated("its rows are made on the way", memory_needs(config, model, config.train.tokens))
     weights, each, kept = disk_needs(config, model)
     lengths = [stream_length(group) for group in rows.train]
-    parts = ", ".join(f"{name} {_mb(size)}" for name, size in memory_needs(config, model, sum(lengths)).items())
     lines = [
         f"model      {loaded.name}: {model.num_parameters():,} parameters, {support(model).path} prompts"
         + (f" ({support(model).reason})" if support(model).reason else ""),
@@ -69,12 +95,232 @@ def plan_lines(config, loaded, rows, *, steps: int, rate: float, reason: str, pr
         f"tokens     {sum(lengths):,} in streams; a row has {min(lengths)} to {max(lengths)}",
         f"training   {objective.name} {objective.options} · lr {rate:g} ({reason}) · {steps} steps of {config.batch} · "
         f"{precision}",
-        f"memory     weights {_mb(weights)}, {parts}",
-        f"disk       {_mb(weights + kept * each)}: the model and {kept} checkpoints",
+        *needs.lines(),
+        f"disk       {size_text(weights + kept * each)}: the model and {kept} checkpoints",
     ]
     if seconds is not None:
-        lines.append(f"time       about {_clock(seconds * steps)} ({seconds:.1f} s a step, from one micro-batch)")
+        lines.append(
+            f"time       about {_clock(seconds * steps)} ({seconds:.2g} s a step, from {TIMED} timed micro-batches)"
+        )
+    elif isinstance(needs, Foreseen) and config.plan.tflops:
+        seconds = needs.step_flops / (config.plan.tflops * 1e12 * needs.processes)
+        work = f"{needs.step_flops / 1e12:,.0f} TFLOP a step"
+        what = f"{work} at {config.plan.tflops:g} TFLOP/s on each of {needs.processes}"
+        lines.append(f"time       about {_clock(seconds * steps)} ({seconds:.2g} s a step: {what})")
     return lines
+
+
+def refuse_plan(config, verb: str) -> None:
+    """Nothing, unless options of PlanConfig are given to a verb whose work makes its own rows: UsageError (E308)."""
+    for name in PlanConfig.model_fields:
+        if getattr(config.plan, name) is not None:
+            what = f"palate {verb} has no plan for other machines: its rows are made on the way"
+            raise UsageError(what, where=f"plan.{name}", code="E308", next="plan the dpo or sft run that it will take")
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """What a run will take: the bytes of `needs`, and what the process holds besides (`rest`: imports, data).
+
+    processes: that share the rows of a step, and under `sharded` all that belongs to a weight. gathered: bytes of the
+    weights that a sharded process has whole at one time. step_flops: of one optimizer step, all processes.
+    """
+
+    needs: Any
+    rest: int = 0
+    processes: int = 1
+    gathered: int = 0
+    step_flops: float = 0.0
+    device_memory: float | None = None
+
+    @property
+    def peak(self) -> int:
+        """Bytes of one process at its highest, every process with all weights."""
+        return self.rest + self.needs.peak
+
+    @property
+    def sharded(self) -> int:
+        """The same with all that belongs to a weight spread over the processes, layers gathered as they are used."""
+        needs, each = self.needs, self.processes
+        state = (needs.weights + needs.gradients + needs.optimizer) // each
+        return self.rest + state + self.gathered + needs.activations + needs.working - needs.casts
+
+    def as_dict(self) -> dict[str, Any]:
+        """Bytes by part, for --json."""
+        parts = {name: getattr(self.needs, name) for name in _PARTS}
+        more = {"sharded": self.sharded} if self.processes > 1 else {}
+        return parts | {"saving": self.needs.saving, "rest": self.rest, "peak": self.peak} | more
+
+    def lines(self) -> list[str]:
+        """For people."""
+        parts = [f"{name} {size_text(getattr(self.needs, name))}" for name in _PARTS]
+        if self.rest:
+            parts.append(f"Python and data {size_text(self.rest)}")
+        lines = [f"memory     about {size_text(self.peak)} at the peak{self._fits(self.peak)}: {', '.join(parts)}"]
+        if self.needs.peak > self.needs.step:
+            lines.append(
+                f"           when the model is saved: a step alone takes {size_text(self.rest + self.needs.step)}"
+            )
+        if self.processes > 1:
+            lines[0] += f"; on each of {self.processes} processes, each with all weights"
+            lines.append(
+                f"sharded    about {size_text(self.sharded)} on each of {self.processes}{self._fits(self.sharded)}, "
+                f"with {size_text(self.gathered)} of gathered weights, if all that belongs to a weight is spread over "
+                "them (FSDP2), which palate does not do by itself yet"
+            )
+        return lines
+
+    def _fits(self, size: int) -> str:
+        if self.device_memory is None:
+            return ""
+        return f" ({'fits' if size <= self.device_memory * 2**30 else 'does not fit'} in {self.device_memory:g} GB)"
+
+
+_PARTS = ("weights", "gradients", "optimizer", "activations", "working")
+
+
+@dataclass(frozen=True)
+class Estimated:
+    """The memory of a model whose forward cannot be rehearsed, by rule of thumb."""
+
+    why: str
+    parts: dict[str, int]
+
+    def lines(self) -> list[str]:
+        """For people."""
+        parts = ", ".join(f"{name} {size_text(size)}" for name, size in self.parts.items())
+        return [f"memory     weights and about {parts} (by rule of thumb: {self.why})"]
+
+
+def memory_plan(config, prepared) -> Foreseen | Estimated:
+    """The memory that the run will take, from a rehearsal of its largest micro-batch."""
+    from palate.data.batch import stream_length
+    from palate.errors import ModelError
+    from palate.train.rehearsal import rehearse
+
+    model, groups = prepared.loaded.model, prepared.rows.train
+    steps = _step_batches(config, groups, LOOKED_AT)
+    largest = max((micro for step in steps for micro in step), key=lambda micro: sum(map(stream_length, micro)))
+    several = (config.plan.processes or 1) > 1 or any(len(step) > 1 for step in steps)
+    states = 1 if config.train.optimizer == "rmsprop" else 2
+    outlined, processes = model.device.type == "meta", config.plan.processes or 1
+    rest = 0 if outlined or model.device.type == "cuda" else resident() - _bytes_of(model)
+    try:
+        needs = rehearse(model, largest, prepared.objective.numerics, states=states, several=several)
+    except ModelError as error:
+        return Estimated(error.what, memory_needs(config, model, sum(map(stream_length, largest))))
+    tokens = sum(map(stream_length, groups)) / len(groups) * min(config.batch, len(groups))
+    return Foreseen(
+        needs,
+        rest=max(rest, 0),
+        processes=processes,
+        gathered=_gathered(model, prepared.precision) if processes > 1 else 0,
+        step_flops=needs.flops * tokens / sum(map(stream_length, largest)),
+        device_memory=config.plan.device_memory,
+    )
+
+
+def _gathered(model, precision: str) -> int:
+    """Bytes of two layers, one in use and one on its way, and of all outside layers, in the matmuls' precision."""
+    layers = max((module for module in model.modules() if hasattr(module, "__len__")), key=_numel, default=())
+    each = max(map(_numel, layers), default=0)
+    outside = _numel(model) - sum(map(_numel, layers))
+    return (2 * each + outside) * (2 if precision == "bfloat16" else 4)
+
+
+def _numel(module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _bytes_of(model) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _step_batches(config, groups, count: int) -> list[list[list]]:
+    """The groups of every micro-batch of the first `count` optimizer steps, as the run will take them."""
+    from palate.data.batch import stream_length
+    from palate.data.stream import order, pack
+
+    rows, share = order(len(groups), config.seed, 0), config.plan.processes or 1
+    steps = []
+    for start in range(0, min(len(rows), count * config.batch), config.batch):
+        mine = [groups[row] for row in rows[start : start + config.batch][::share]]
+        steps.append([[mine[i] for i in part] for part in pack([stream_length(g) for g in mine], config.train.tokens)])
+    return steps
+
+
+LOOKED_AT = 64  # steps whose micro-batches are compared to find a large one
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+TIMED = 3
+
+
+def pace_of(config, prepared, say: Say) -> float:
+    """Seconds that an optimizer step will take: three micro-batches of the run itself, forward and backward, and an
+    update of copies. No weight moves."""
+    from palate.data.batch import stream_length
+    from palate.reference import annotate
+
+    model, objective = prepared.loaded.model, prepared.objective
+    steps = _step_batches(config, prepared.rows.train, TIMED)
+    micros = [micro for step in steps for micro in step][:TIMED]
+    tokens, seconds = [], []
+    for number, micro in enumerate([micros[0], *micros]):  # the first call of anything is slow
+        if objective.reference:
+            micro = annotate(micro, model, numerics=objective.numerics, tokens=config.train.tokens)
+        spent = pass_seconds(model, micro, objective)
+        if number:
+            seconds.append(spent)
+            tokens.append(sum(map(stream_length, micro)))
+    lengths = [stream_length(group) for group in prepared.rows.train]
+    in_step = sum(lengths) / len(lengths) * min(config.batch, len(lengths))
+    return in_step * sum(seconds) / sum(tokens) + update_seconds(config, prepared)
+
+
+def pass_seconds(model, groups, objective) -> float:
+    """Seconds of one micro-batch: collated, forward, backward. Moves no weight."""
+    from palate.distributed import Ranks
+
+    started = time.perf_counter()
+    part = objective.collate(groups).to(model.device)
+    outcome = objective(model, part, objective.prepare(model, [part], Ranks.single()))
+    outcome.loss.total.backward()
+    float(outcome.loss.total.detach())  # a GPU has done it all by then
+    spent = time.perf_counter() - started
+    model.zero_grad()
+    return spent
+
+
+def update_seconds(config, prepared) -> float:
+    """Seconds of clipping and updating the weights, from copies of the first 32 M of them."""
+    import torch
+    from torch import nn
+
+    from palate.train.optim import OptimConfig, UpdateConfig, build_optimizer
+
+    copies, total = nn.ParameterList(), 0
+    for parameter in prepared.loaded.model.parameters():
+        if parameter.requires_grad:
+            total += parameter.numel()
+            if sum(copy.numel() for copy in copies) < 2**25:
+                copies.append(nn.Parameter(parameter.detach().clone()))
+                copies[-1].grad = torch.zeros_like(copies[-1])
+    optim = OptimConfig(lr=prepared.rate, **{name: getattr(config.train, name) for name in UpdateConfig.model_fields})
+    optimizer = build_optimizer(copies, optim)
+    for _ in range(2):  # the first one makes the states
+        started = time.perf_counter()
+        float(nn.utils.clip_grad_norm_(copies.parameters(), optim.clip_norm))
+        optimizer.step()
+        spent = time.perf_counter() - started
+    return spent * total / sum(copy.numel() for copy in copies)
+
+
+# --- the rest ---------------------------------------------------------------------------------------------------------
 
 
 def preview(tokenizer, group) -> list[str]:
@@ -88,23 +334,6 @@ def preview(tokenizer, group) -> list[str]:
     return lines
 
 
-def micro_seconds(model, groups, objective, tokens: int, batch: int) -> float:
-    """Seconds a step should take: one micro-batch forward and backward, scaled by tokens. Moves no weight."""
-    from palate.data.batch import stream_length
-    from palate.data.stream import pack
-    from palate.distributed import Ranks
-
-    taken = [groups[i] for i in pack([stream_length(g) for g in groups], tokens)[0]]
-    part = objective.collate(taken).to(model.device)
-    started = time.perf_counter()
-    outcome = objective(model, part, objective.prepare(model, [part], Ranks.single()))
-    outcome.loss.total.backward()
-    model.zero_grad()
-    spent = time.perf_counter() - started
-    mean = sum(stream_length(g) for g in groups) / len(groups)
-    return spent * mean * min(batch, len(groups)) / sum(stream_length(g) for g in taken)
-
-
 def check_disk(config, model, out: Path) -> None:
     """Nothing, where the model and the checkpoints fit; else MachineError (E315)."""
     weights, each, kept = disk_needs(config, model)
@@ -112,8 +341,8 @@ def check_disk(config, model, out: Path) -> None:
     free = shutil.disk_usage(above).free
     if weights + kept * each > free:
         what = (
-            f"the run needs about {_mb(weights + kept * each)}, of which each of {kept} checkpoints takes {_mb(each)}; "
-            f"{_mb(free)} are free"
+            f"the run needs about {size_text(weights + kept * each)}, of which each of {kept} checkpoints takes "
+            f"{size_text(each)}; {size_text(free)} are free"
         )
         raise MachineError(what, where=str(out), code="E315", next="free some space, or lower --train.keep")
 
@@ -131,6 +360,14 @@ def memory_needs(config, model, tokens: int) -> dict[str, int]:
         "activations about": micro * layers,
         "head about": head,
     }
+
+
+def resident() -> int:
+    """Bytes of memory that this process has now; 0 where nobody says."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError, ValueError):
+        return 0
 
 
 def peak_memory(model) -> int | None:
@@ -160,7 +397,7 @@ def disk_needs(config, model) -> tuple[int, int, int]:
     return weights, 3 * sum(p.numel() * 4 for p in model.parameters() if p.requires_grad), config.train.keep + 1
 
 
-def _mb(size: float) -> str:
+def size_text(size: float) -> str:
     return f"{size / 2**30:.1f} GB" if size >= 2**30 else f"{size / 2**20:.0f} MB"
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from palate.errors import UsageError
-from palate.recipes.plan import plan_lines, preview
+from palate.recipes.plan import plan_lines, preview, refuse_plan
 from palate.recipes.rollouts import (
     Parts,
     build,
@@ -132,6 +132,7 @@ def run(
 
     if Ranks.current().data_size > 1:
         raise UsageError("palate ppo runs in one process", code="E308", next="start it without torchrun")
+    refuse_plan(config, verb)
     out, ended = open_folder(config, verb, say)
     if ended is not None:
         return ended
@@ -230,7 +231,6 @@ def plan(config: PpoConfig, prepared, count: int) -> dict[str, Any]:
         reason=prepared.reason,
         precision=prepared.precision,
         objective=prepared.objective,
-        seconds=None,
     )
     held = 1 + (not config.lora_rank) + (config.critic == "separate")
     lines.append(f"rollouts   {count} of {config.batch} episodes of at most {config.max_tokens} tokens")

@@ -86,6 +86,8 @@ def run(
     prepared = prepare(
         config, read, lambda numerics: objective(config.loss, numerics, **options), usable=usable, say=say
     )
+    if config.plan.processes:  # no weights, and so no reference either
+        return dry_run(config, prepared, say)
     watched = retention(config, prepared, records)
     waiting = [load_reference(config, prepared)]  # before a folder is made; taken out once, so that it can be freed
     if config.dry_run:

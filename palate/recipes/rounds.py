@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 
 from palate.errors import DataError, Interrupted, MachineError, NotBetterError, PalateError, UsageError
 from palate.recipes import chain, stages
-from palate.recipes.plan import check_disk
+from palate.recipes.plan import check_disk, refuse_plan
 from palate.recipes.rows import held_out, prompt_key
 from palate.recipes.training import MAY_CHANGE, TrainingConfig, open_folder, reported, resolved
 from palate.recipes.verbs import Say, aligned, check_model_options, number, stderr
@@ -257,6 +257,7 @@ def run(config: RoundsConfig, way: Way, *, verb: str, argv=(), say: Say = stderr
         config = config.model_copy(update={"resume": Path(config.out or "").is_dir()})
     if Ranks.current().data_size > 1:
         raise UsageError(f"palate {verb} runs in one process", code="E308", next="start it without torchrun")
+    refuse_plan(config, verb)
     check_model_options(config, config.model)
     out, ended = open_folder(config, verb, say)
     if ended is not None:

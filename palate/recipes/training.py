@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from palate.errors import CheckpointError, Interrupted, NotBetterError, PalateError, UsageError
-from palate.recipes.plan import auto_rate, check_disk, forget_peak, memory_needs, peak_memory
+from palate.recipes.plan import Foreseen, PlanConfig, auto_rate, check_disk, forget_peak, memory_plan, peak_memory
 from palate.recipes.retain import Retention, retention_lines
 from palate.recipes.rows import Rows, read_rows, strings_of
 from palate.recipes.verbs import InputConfig, Say, check_model_options, max_length, resolve_precision
@@ -72,6 +72,7 @@ class TrainingConfig(InputConfig):
         Literal["tensorboard", "trackio", "wandb", "mlflow"] | None,
         Field(description="Send the numbers to a tracker besides; tensorboard's files lie in the run folder"),
     ] = None
+    plan: PlanConfig = PlanConfig()
     train: TrainConfig = TrainConfig()
 
     @model_validator(mode="after")
@@ -89,6 +90,10 @@ class TrainingConfig(InputConfig):
                     continue  # as a run's own config.yaml says it
                 what = "has no effect with rmsprop"
                 raise UsageError(what, where=f"train.{name}", code="E316", next="drop it, or use adamw")
+        for name in PlanConfig.model_fields:
+            if getattr(self.plan, name) is not None and not self.dry_run:
+                what = "has no effect without --dry-run"
+                raise UsageError(what, where=f"plan.{name}", code="E316", next="drop it, or add --dry-run")
         for name in ("eval_every", "require_better"):
             if self.eval == "none" and getattr(self, name):
                 raise UsageError("has no effect without --eval", where=name, code="E316", next="drop one of the two")
@@ -138,7 +143,7 @@ def prepare(
     from palate.data.stream import count_steps
     from palate.data.template import load_template
     from palate.model.adapters import add_lora
-    from palate.model.load import load, with_tokenizer
+    from palate.model.load import load, outline, with_tokenizer
     from palate.model.recompute import enable_recompute
     from palate.reference import reference_identity
     from palate.scoring import Numerics, support
@@ -149,13 +154,12 @@ def prepare(
     other = read(config.eval) if config.eval not in ("auto", "none") else None
     if other is not None:
         refuse_shared_rows(records, other)
-    loaded = load(
-        config.model,
-        device=config.device,
-        seed=config.seed,
-        trust_remote_code=config.trust_remote_code,
-        revision=config.revision,
-    )
+    ahead = config.dry_run and config.plan.processes is not None  # of machines that are elsewhere: nothing is loaded
+    code = dict(trust_remote_code=config.trust_remote_code, revision=config.revision)
+    if ahead:
+        loaded = outline(config.model, **code)
+    else:
+        loaded = load(config.model, device=config.device, seed=config.seed, **code)
     if loaded.tokenizer is None:
         loaded = with_tokenizer(loaded, strings_of(records))
     for note in loaded.notes:
@@ -176,11 +180,11 @@ def prepare(
         say=say,
         pieces=pieces,
     )
-    precision = resolve_precision(config, model.device.type)
-    numerics = Numerics.of(model, precision, config.train.tokens)
+    precision = resolve_precision(config, "cuda" if ahead else model.device.type)
+    numerics = Numerics(precision) if ahead else Numerics.of(model, precision, config.train.tokens)
     if support(model).path != "shared":
         say(f"model: scored as padded rows: {support(model).reason}")
-    identity = reference_identity(model, precision)
+    identity = "" if ahead else reference_identity(model, precision)
     if config.lora_rank:
         model = add_lora(model, config.lora_rank, config.lora_alpha, seed=config.seed)
         loaded = replace(loaded, model=model)
@@ -301,7 +305,7 @@ def open_folder(config, verb: str, say: Say) -> tuple[Path, dict[str, Any] | Non
 
 def resolved(config) -> dict[str, Any]:
     """What config.yaml holds: all that a run is made of, and not where it lies, so that it can run again."""
-    return config.model_dump(mode="json", exclude={"out", "resume", "dry_run", "stage", "part"})
+    return config.model_dump(mode="json", exclude={"out", "resume", "dry_run", "plan", "stage", "part"})
 
 
 def train(
@@ -405,10 +409,10 @@ def _train(
         }
     )
     if "plan" not in run.record:
-        lengths = [stream_length(group) for group in rows.train]
-        needs, peak = memory_needs(config, model, sum(lengths)), peak_memory(model)
-        foreseen = {} if peak is None else {"peak_bytes": peak + sum(needs.values())}
+        needs = None if own is not None else memory_plan(config, prepared)
+        foreseen: dict[str, Any] = {"peak_bytes": needs.peak} if isinstance(needs, Foreseen) else {}
         if own is None and all(group.label is None for group in rows.train):  # KTO runs other prompts' completions too
+            lengths = [stream_length(group) for group in rows.train]
             foreseen["tokens"] = count_tokens(lengths, config.batch, config.epochs, config.steps, seed=config.seed)
         run.status("running", plan={"steps": prepared.steps} | foreseen)
     if rows.reading.rejects:

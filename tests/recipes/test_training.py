@@ -228,6 +228,53 @@ def test_dry_run_writes_nothing_and_shows_the_rows(palate, tiny, tmp_path, cache
         assert "[</s>]" in plan  # the end token is scored, and shown
 
 
+def test_a_plan_says_memory_by_part_and_time_from_three_timed_micro_batches(palate, tiny, tmp_path):
+    data = write_rows(tmp_path / "d.jsonl", pairs(48))
+    options = SMALL | {"batch": 16, "train__tokens": 256}
+    found = palate.ok("dpo", model=tiny, data=data, dry_run=True, **options)
+    memory, plan = found["memory"], "\n".join(found["plan"])
+    assert memory["optimizer"] == 2 * memory["gradients"] > 0
+    assert found["peak_bytes"] == memory["peak"] > memory["rest"] + memory["weights"] + memory["optimizer"]
+    assert found["seconds_per_step"] > 0
+    assert "3 timed micro-batches" in plan
+    lora = palate.ok("dpo", model=tiny, data=data, dry_run=True, lora_rank=2, **options)["memory"]
+    assert lora["gradients"] < memory["gradients"] / 3
+    run = palate.ok("dpo", model=tiny, data=data, out="run", **options)
+    assert json.loads(Path("run/run.json").read_text())["plan"]["peak_bytes"] > memory["activations"]
+    assert run["steps"] == SMALL["steps"]
+
+
+def test_a_plan_for_many_processes_loads_no_weight(palate, tmp_path):
+    """A model of 13 B parameters would not fit here: what is planned is its config."""
+    config = dict(model_type="llama", vocab_size=300, hidden_size=8192, intermediate_size=28672, num_hidden_layers=16)
+    config |= dict(num_attention_heads=64, num_key_value_heads=8, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    data = write_rows(tmp_path / "d.jsonl", pairs(48))
+    ahead = {"plan__processes": 64, "plan__device_memory": 80, "plan__tflops": 400}
+    found = palate.ok(
+        "dpo", model=f"new:{tmp_path}", data=data, dry_run=True, eval="none", lr=1e-6, loss="dpo", **ahead
+    )
+    memory, plan = found["memory"], "\n".join(found["plan"])
+    weights = 16 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672) + 2 * 300 * 8192
+    assert memory["weights"] == pytest.approx(4 * weights, rel=1e-3)
+    assert memory["optimizer"] == 2 * memory["gradients"] == pytest.approx(8 * weights, rel=1e-3)
+    assert 16 * weights / 64 < memory["sharded"] < memory["peak"] / 8
+    assert "does not fit in 80 GB" in plan
+    assert "(fits in 80 GB)" in plan
+    assert "TFLOP a step at 400 TFLOP/s on each of 64" in plan
+    assert "bfloat16" in plan
+
+
+def test_a_plan_for_elsewhere_is_refused_where_it_has_no_effect(palate, tiny, tmp_path):
+    data = write_rows(tmp_path / "d.jsonl", pairs(8))
+    palate("dpo", model=tiny, data=data, **SMALL | {"plan__processes": 8})
+    assert palate.code == 2
+    assert "plan.processes: has no effect without --dry-run" in palate.said
+    palate("dpo", model=tmp_path / "nowhere", data=data, dry_run=True, **SMALL | {"plan__processes": 8})
+    assert palate.code == 3
+    assert "no config" in palate.said
+
+
 def test_the_evaluation_split_is_by_prompt_and_not_by_order(palate, tiny, tmp_path):
     """No prompt on both sides; the same prompts are held out however the file is ordered."""
     from functools import partial
