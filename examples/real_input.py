@@ -483,6 +483,7 @@ python examples/claims.py --work runs/claims
 python examples/ppo_world.py --work runs/ppo
 python examples/sentiment_ppo.py --model SmolLM2-135M-Instruct --data-dir "$PALATE_TEST_DATA" --work runs/sentiment
 python examples/reward_truth.py listed --work runs/truth
+python examples/reward_truth.py feeling --work runs/truth
 python examples/reward_truth.py reviews --work runs/truth
 python examples/self_play.py spin --work runs/play
 python examples/self_play.py kills --work runs/play-kills

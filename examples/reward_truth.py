@@ -1,17 +1,20 @@
-"""How near does a reward model come to the truth that labelled its pairs? Two worlds where the truth is known.
+"""How near does a reward model come to the truth that labelled its pairs? Worlds where the truth is known.
 
     python examples/reward_truth.py listed --work FOLDER [--seeds 0 1 2]
+    python examples/reward_truth.py feeling --work FOLDER [--seeds 0 1 2] [--pairs 2400 19200]
     python examples/reward_truth.py reviews --work FOLDER [--seeds 0 1 2] [--pairs 2400 19200]
 
 listed: a world of two prompts and 64 completions each, a small model from nothing, and what it is worth over all
 pairs there are. reviews: `builtin:tiny` on pairs of the built-in world, as many as asked for, held to the rule on 2,000
-fresh pairs of other requests. Runs that are in the folder already are gone on with, or read.
+fresh pairs of other requests. feeling: the same texts, labelled by what they feel alone, "not" turning it round. Runs
+that are in the folder already are gone on with, or read.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
+from random import Random
 
 import numpy as np
 
@@ -75,25 +78,48 @@ def listed(seed: int, count: int, work: Path) -> dict:
     }
 
 
-def reviews(seed: int, count: int, work: Path) -> dict:
+def felt(prompt, completion) -> float:
+    """What a review says, good less bad, within [-3, 3]: the rule without grammar, topic and repetition."""
+    from palate.worlds.reviews import request_of, verdict
+
+    asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return float(verdict(request_of(asked), completion).feeling)
+
+
+def relabelled(rows, seed: str):
+    """The rows' texts, labelled anew after Bradley and Terry by feeling alone."""
+    from palate.worlds.reviews import prefers
+
+    random = Random(seed)
+    for row in rows:
+        prompt = row["prompt"][0]["content"]
+        one, two = (felt(prompt, row[side][0]["content"]) for side in ("chosen", "rejected"))
+        swap = {} if prefers(one, two, random) else {"chosen": row["rejected"], "rejected": row["chosen"]}
+        yield row | swap
+
+
+def reviews(seed: int, count: int, work: Path, world: str = "reviews") -> dict:
     """The built-in world: the first 2,400 pairs are those that ship; the seed is that of head and order."""
     from palate.worlds import files
 
     def behind(rows, first: int):
         return (row for number, row in enumerate(rows) if number >= first)
 
-    data = write(work / f"reviews-{count}.jsonl", files.pairs("reviews", count))
-    held = write(work / "heldout.jsonl", behind(files.pairs("heldout", 300 + HELD), 300))
+    learnt, fresh = files.pairs("reviews", count), behind(files.pairs("heldout", 300 + HELD), 300)
+    if world == "feeling":
+        learnt, fresh = relabelled(learnt, "learnt"), relabelled(fresh, "fresh")
+    data = write(work / f"{world}-{count}.jsonl", learnt)
+    held = write(work / f"{world}-heldout.jsonl", fresh)
     passes = 4 if count <= 2400 else 1
     options = REVIEWS | {
         "epochs": passes,
         "model": "builtin:tiny",
         "data": data,
         "eval": held,
-        "truth": "rule",
+        "truth": "rule" if world == "reviews" else "reward_truth:felt",
         "seed": seed,
     }
-    found = reward(work / f"reviews-{count}-{seed}", options)
+    found = reward(work / f"{world}-{count}-{seed}", options)
     after = found["after"]
     row = {name: after[f"eval/truth/{name}"] for name in ("lost", "lost_low", "lost_high", "excess")}
     row |= {"best": after["eval/truth/accuracy"], "floor": after["eval/truth/loss"]}
@@ -127,6 +153,9 @@ def show(rows) -> str:
         "and topic by 0.04: it has learnt the first of the three alone. How many pairs it takes to come within a",
         "point was not found.",
         "",
+        "*feeling*: the same texts, requests and settings, but labelled by feeling alone: good words less bad ones,",
+        "*not* turning them round, from -3 to 3. Best and floor are those of that truth.",
+        "",
         "| world | pairs | seed | steps | best | lost, points | floor | excess | held-out accuracy | slope | seconds |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -138,7 +167,7 @@ def show(rows) -> str:
             f"{100 * r['lost']:.2f}{spread} | {r['floor']:.4f} | {r['excess']:.4f} | {found[0]} | {found[1]} | "
             f"{r['seconds']:,.0f} |"
         )
-    for name in ("listed", "reviews"):
+    for name in ("listed", "feeling", "reviews"):
         if mine := [row for row in rows if row["data"] == name]:
             most = max(row["kind"] for row in mine)
             near = [row["lost"] < POINT for row in mine if row["kind"] == most]
@@ -154,7 +183,7 @@ def main() -> int:
     import real_input
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("world", choices=["listed", "reviews"])
+    parser.add_argument("world", choices=["listed", "feeling", "reviews"])
     parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--pairs", nargs="*", type=int, help="numbers of pairs to learn from")
@@ -162,10 +191,14 @@ def main() -> int:
     args = parser.parse_args()
     args.quick, wrong = False, 0
     keep = real_input.keeper(args, "reward")
-    counts = args.pairs or {"listed": [16_000, 48_000], "reviews": [2400, 19_200]}[args.world]
+    counts = args.pairs or {"listed": [16_000, 48_000]}.get(args.world, [2400, 19_200])
     for count in counts:
         for seed in args.seeds:
-            found = {"listed": listed, "reviews": reviews}[args.world](seed, count, args.work)
+            found = (
+                listed(seed, count, args.work)
+                if args.world == "listed"
+                else reviews(seed, count, args.work, args.world)
+            )
             keep({"data": args.world, "kind": count, "seed": seed} | found)
             wrong += count == max(counts) and found["lost"] > POINT
     return 4 if wrong else 0
