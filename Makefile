@@ -51,6 +51,7 @@ bench: install
 
 docs: install
 	$(PY) docs/tables.py
+	$(PY) docs/architectures.py
 
 clean:
 	rm -rf .pytest_cache .ruff_cache .hypothesis dist

@@ -55,9 +55,12 @@ FAMILIES = {
     "granite": ("GraniteConfig", _LLAMA | {"logits_scaling": 3.0}),
 }
 FALLBACK = {
-    "gptj": ("GPTJConfig", _GPT | {"rotary_dim": 4}),
+    "gpt_neo": (
+        "GPTNeoConfig",
+        {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "vocab_size": VOCABULARY, "max_position_embeddings": 256}
+        | {"attention_types": [[["global", "local"], 1]], "window_size": 5},
+    ),
     "bloom": ("BloomConfig", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY}),
-    "mamba": ("MambaConfig", {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": VOCABULARY, "eos_token_id": 2}),
     "falcon_alibi": ("FalconConfig", _MHA | {"alibi": True}),
 }
 
@@ -106,26 +109,26 @@ def totals(model: nn.Module, groups) -> np.ndarray:
 @contextmanager
 def lifted():
     """float64 all the way: transformers' float32 islands (norms, rotary tables, softmax) follow their input's dtype."""
-    to, softmax = torch.Tensor.to, torch.nn.functional.softmax
-    float_, torch_softmax = torch.Tensor.float, torch.softmax
 
-    def wide_to(self, *args, **kwargs):
-        if self.dtype == torch.float64:
-            args = tuple(torch.float64 if a is torch.float32 else a for a in args)
-            if kwargs.get("dtype") is torch.float32:
-                kwargs["dtype"] = torch.float64
-        return to(self, *args, **kwargs)
+    def wide(original):
+        def widened(x, *args, **kwargs):
+            if isinstance(x, torch.Tensor) and x.dtype == torch.float64:
+                args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+                kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()}
+            return original(x, *args, **kwargs)
 
-    def wide_softmax(x, *args, **kwargs):
-        if x.dtype == torch.float64 and kwargs.get("dtype") is torch.float32:
-            kwargs["dtype"] = torch.float64
-        return softmax(x, *args, **kwargs)
+        return widened
 
-    torch.Tensor.to = wide_to
+    places = [(torch.Tensor, name) for name in ("to", "type", "sum", "softmax")]
+    places += [(torch, "sum"), (torch, "softmax"), (torch.nn.functional, "softmax")]
+    before = [(place, name, getattr(place, name)) for place, name in places]
+    float_ = torch.Tensor.float
+    for place, name, original in before:
+        setattr(place, name, wide(original))
     torch.Tensor.float = lambda self, *a, **k: self if self.dtype == torch.float64 else float_(self, *a, **k)
-    torch.nn.functional.softmax = wide_softmax
     try:
         yield
     finally:
-        torch.Tensor.to, torch.Tensor.float = to, float_
-        torch.nn.functional.softmax, torch.softmax = softmax, torch_softmax
+        torch.Tensor.float = float_
+        for place, name, original in before:
+            setattr(place, name, original)

@@ -1,12 +1,13 @@
 """Attention over a shared-prompt stream, and the proof that a model really uses it.
 
-transformers calls a registered function in place of its own attention; it gets the layout as a forward keyword and runs
-stretch by stretch: a prompt is plain causal text, each of its branches queries [prompt, branch].
+transformers calls a registered function in place of its own attention; it runs over the stream stretch by stretch: a
+prompt is plain causal text, each of its branches queries [prompt, branch].
 The implementation is switched on inside `shared_attention` only: `generate` needs the stock one.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 
 import torch
@@ -16,8 +17,10 @@ from transformers import AttentionInterface
 
 from palate.layout import Layout
 from palate.model.branching import Branches
+from palate.model.recurrent import Branching, stateful_layers
 
 NAME = "palate_shared_prompt"
+_LAYOUT: ContextVar[Layout | None] = ContextVar("layout", default=None)
 
 
 class NotShared(Exception):
@@ -48,18 +51,20 @@ def stream_attention(
 ) -> tuple[Tensor, None]:
     """Attention output (1, T, heads, dim) of a stream; query (1, heads, T, dim), key and value with kv heads.
 
+    palate_layout: of the stream, where `shared_attention` was not given it.
     palate_branches: the cache of rows that are being sampled, which then knows what a query may see.
     scaling: the module's own; sliding_window: in positions; softcap: Gemma 2's tanh cap; s_aux: gpt-oss's sinks.
-    Raises NotShared where the model gives no layout, or a mask of its own (ALiBi, prefix masks).
+    Raises NotShared where the model gives a mask of its own (ALiBi, prefix masks).
     """
     if palate_branches is not None and attention_mask is None:
         return palate_branches.attend(query, scaling, sliding_window, softcap, s_aux), None
-    if palate_layout is None or attention_mask is not None:
-        raise NotShared("the model passes a mask of its own or drops the layout")
+    layout = palate_layout or _LAYOUT.get()
+    if layout is None or attention_mask is not None:
+        raise NotShared("the model passes a mask of its own")
     _Calls.total += 1
     _Calls.windowed += sliding_window is not None
     # One split per layer: slicing stretch by stretch would make every backward allocate a full-size zero tensor.
-    q, k, v = (x[0].split(palate_layout.sizes, dim=1) for x in (query, key, value))
+    q, k, v = (x[0].split(layout.sizes, dim=1) for x in (query, key, value))
     out = list(q)  # empty stretches and the inert tail stay what they are
 
     def attend(stretches, keys, values, rows, columns):
@@ -68,15 +73,15 @@ def stream_attention(
         for stretch, part in zip(stretches, result.unbind(0), strict=True):
             out[stretch] = part
 
-    for prompt, stems in palate_layout.stems.items():
+    for prompt, stems in layout.stems.items():
         attend(stems, [(k[i],) for i in stems], [(v[i],) for i in stems], prompt, prompt)
-    for (prompt, length), pairs in palate_layout.forks.items():
+    for (prompt, length), pairs in layout.forks.items():
         # All branches are treated alike, the first one too: a completion's bits do not depend on what stands beside it.
         keys, values = ([(x[stem], x[branch]) for stem, branch in pairs] for x in (k, v))
         attend([branch for _, branch in pairs], keys, values, length, prompt + length)
     if value.shape[-1] != query.shape[-1]:  # an untouched stretch has the queries' width
         out = [x if x.shape[-1] == value.shape[-1] else x.new_zeros(*x.shape[:-1], value.shape[-1]) for x in out]
-    return torch.cat(out, dim=1).transpose(0, 1).unsqueeze(0), None
+    return torch.cat([x.transpose(0, 1) for x in out]).unsqueeze(0), None
 
 
 def _filled(stretches: list[tuple[Tensor, ...]], length: int) -> Tensor:
@@ -138,40 +143,74 @@ AttentionInterface.register(NAME, stream_attention)
 
 
 @contextmanager
-def shared_attention(model: nn.Module) -> Iterator[None]:
-    """Switches the model's attention to `stream_attention`, and back on the way out, whatever happens."""
+def shared_attention(model: nn.Module, layout: Layout | None = None) -> Iterator[None]:
+    """Within the block the model's attention is `stream_attention`, and a layer that carries a state runs `Branching`.
+
+    layout: of the stream that the block's forwards run on; without it each attention call is told, and states are not.
+    """
     configs = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "to_dict")}
     before = [(config, config._attn_implementation_internal) for config in configs.values()]
+    forwards = [(layer, layer.__dict__.get("forward")) for layer in (stateful_layers(model) if layout else ())]
+    token = _LAYOUT.set(layout)
     try:
         for config, _ in before:
             config._attn_implementation_internal = NAME
+        for layer, _ in forwards:
+            layer.forward = Branching(layer, layout)
         yield
     finally:
+        _LAYOUT.reset(token)
         for config, name in before:
             config._attn_implementation_internal = name
+        for layer, own in forwards:
+            if own is None:
+                del layer.forward
+            else:
+                layer.forward = own
+
+
+def current_layout() -> Layout | None:
+    """The layout that `shared_attention` was entered with; None outside of it."""
+    return _LAYOUT.get()
 
 
 @contextmanager
 def counted_calls() -> Iterator[_Calls]:
-    """Counts the calls of `stream_attention` inside the block."""
-    _Calls.total = _Calls.windowed = 0
+    """Counts the calls of `stream_attention` and `Branching` inside the block."""
+    _Calls.total = _Calls.windowed = Branching.calls = 0
     yield _Calls
 
 
-def expected_calls(model: nn.Module) -> tuple[int, int] | None:
-    """(attention layers, those with a sliding window) that the config promises; None where sharing is out of reach.
+# kinds of layers that config and layer agree on: (attention, with a window)
+_KINDS = {
+    "full_attention": (1, 0),
+    "sliding_attention": (1, 1),
+    "linear_attention": (0, 0),
+    "conv": (0, 0),
+    "hybrid": (1, 0),
+    "hybrid_sliding": (1, 1),
+    "mlp": (0, 0),
+    "moe": (0, 0),
+}
 
-    Layers that mix along the stream (recurrent, linear or chunked attention) cannot branch off a shared prompt here.
+
+def expected_calls(model: nn.Module) -> tuple[int, int, int]:
+    """(attention layers, those with a window, layers with a state) that config and model promise.
+
+    Raises NotShared for kinds of layers that are not known here (chunked, indexed attention): they may look right on a
+    short probe.
     """
     config = model.config.get_text_config(decoder=True)
-    kinds = getattr(config, "layer_types", None)
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     layers = getattr(config, "num_hidden_layers", None)
+    stateful = len(stateful_layers(model))
     if layers is None or getattr(config, "alibi", False):
-        return None
+        raise NotShared("ALiBi" if layers else "the config has no number of layers")
     if kinds is not None:
-        if not set(kinds) <= {"full_attention", "sliding_attention"}:
-            return None
-        return len(kinds), sum(kind == "sliding_attention" for kind in kinds)
+        if unknown := sorted(set(kinds) - set(_KINDS)):
+            raise NotShared(f"layers with {', '.join(unknown).replace('_', ' ')}")
+        return sum(_KINDS[kind][0] for kind in kinds), sum(_KINDS[kind][1] for kind in kinds), stateful
     window = getattr(config, "sliding_window", None)
     windowed = window is not None and getattr(config, "use_sliding_window", True)
-    return layers, layers if windowed else 0
+    attending = layers - stateful
+    return attending, attending if windowed else 0, stateful

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 LOGITS_PER_CHUNK = 2**25  # vocabulary times rows: 128 MiB in float32
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 ROWS = 16  # the head runs on multiples of this: matrix kernels treat left-over rows apart, and round them apart
 
 
@@ -21,7 +22,8 @@ def logit_transform(config) -> Callable[[Tensor], Tensor] | None:
 
     The probe compares with the model's own logits, so a family that does anything else is found out.
     """
-    cap = getattr(config, "final_logit_softcapping", None)
+    caps = (getattr(config, name, None) for name in _CAPS)
+    cap = next((cap for cap in caps if cap is not None), None)
     scale = getattr(config, "logit_scale", None)
     divisor = getattr(config, "logits_scaling", None)
     if cap is None and scale is None and divisor is None:

@@ -5,8 +5,9 @@ from contextlib import nullcontext
 from torch.utils.checkpoint import checkpoint
 
 from palate.errors import UsageError
+from palate.layout import Layout
 from palate.model import Model
-from palate.model.attention import NAME, shared_attention
+from palate.model.attention import current_layout, shared_attention
 
 
 class _Recomputed:
@@ -16,12 +17,12 @@ class _Recomputed:
         self.forward, self.model = layer.forward, model
 
     def __call__(self, *args, **kwargs):
-        shared = self.model.config.get_text_config(decoder=True)._attn_implementation_internal == NAME
-        return checkpoint(self._run, shared, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        layout = current_layout()
+        return checkpoint(self._run, layout, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
-    def _run(self, shared: bool, *args, **kwargs):
+    def _run(self, layout: Layout | None, *args, **kwargs):
         # in backward the stream's attention is no longer switched on
-        with shared_attention(self.model) if shared else nullcontext():
+        with nullcontext() if layout is None or layout is current_layout() else shared_attention(self.model, layout):
             return self.forward(*args, **kwargs)
 
 

@@ -51,7 +51,7 @@ def test_families_without_a_head_are_refused(name):
     assert caught.value.code == "E412"
 
 
-@pytest.mark.parametrize("name", ["gptj", "bloom"])
+@pytest.mark.parametrize("name", ["gpt_neo", "bloom"])
 def test_models_that_cannot_share_are_read_as_padded_rows(name):
     model, groups = headed(name), groups_of()
     assert support(model).path == "padded"
