@@ -486,6 +486,7 @@ python examples/reward_truth.py listed --work runs/truth
 python examples/reward_truth.py feeling --work runs/truth
 python examples/reward_truth.py reviews --work runs/truth
 python examples/self_play.py spin --work runs/play
+python examples/self_play.py spin --spent --only "SPIN, lambda 1" --work runs/play-spent
 python examples/self_play.py kills --work runs/play-kills
 python examples/self_play.py real --model SmolLM2-135M-Instruct --data-dir "$PALATE_TEST_DATA" --work runs/play-real
 ```

@@ -31,7 +31,7 @@ def test_every_round_has_a_column_and_the_best_is_marked(tmp_path):
     rows = [row(1, 0.55), row(2, 0.61, alarms=["scores <collapse>"]), row(3, 0.5)]
     text = write_report([folder(tmp_path, rows)]).read_text(encoding="utf-8")
     assert "Round 2 wins much." in text and "All is done." in text and "that of round 2" in text
-    assert "61.0% [56.0%, 66.0%]" in text and "on 200 prompts that nobody" in text
+    assert "61.0%<br>" in text and ">[56.0%, 66.0%]<" in text and "on 200 prompts that nobody" in text
     assert 'href="rounds/02/report.html"' in text and 'href="rounds/01' not in text
     assert text.count("tone-better") >= 2 and "round 3" in text
     assert "Round 2: scores &lt;collapse&gt;" in text
