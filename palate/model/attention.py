@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 from palate.layout import Layout
 from palate.model.branching import Branches
 from palate.model.recurrent import Branching, stateful_layers
+from palate.model.varlen import flex_attention, varlen_attention
 
 NAME = "palate_shared_prompt"
 _LAYOUT: ContextVar[Layout | None] = ContextVar("layout", default=None)
@@ -63,6 +64,11 @@ def stream_attention(
         raise NotShared("the model passes a mask of its own")
     _Calls.total += 1
     _Calls.windowed += sliding_window is not None
+    kernel, operands = kernel_for(query, value, softcap, s_aux), (query[0], key[0], value[0])
+    if kernel == "varlen":
+        return varlen_attention(layout, *operands, scaling, sliding_window)[None], None
+    if kernel == "flex":
+        return flex_attention(layout, *operands, scaling, sliding_window, softcap, s_aux)[None], None
     # One split per layer: slicing stretch by stretch would make every backward allocate a full-size zero tensor.
     q, k, v = (x[0].split(layout.sizes, dim=1) for x in (query, key, value))
     out = list(q)  # empty stretches and the inert tail stay what they are
@@ -82,6 +88,17 @@ def stream_attention(
     if value.shape[-1] != query.shape[-1]:  # an untouched stretch has the queries' width
         out = [x if x.shape[-1] == value.shape[-1] else x.new_zeros(*x.shape[:-1], value.shape[-1]) for x in out]
     return torch.cat([x.transpose(0, 1) for x in out]).unsqueeze(0), None
+
+
+def kernel_for(query: Tensor, value: Tensor, softcap: float | None, sinks: Tensor | None) -> str:
+    """How a stream is attended: "varlen" (one flash call), "flex" (soft cap, sinks), or "stretches" (everything else).
+
+    Flash kernels are for half floats on CUDA, of at most 256 dimensions.
+    """
+    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
+        return "stretches"
+    plain = softcap is None and sinks is None
+    return "varlen" if plain and query.shape[-1] <= 256 and value.shape[-1] <= query.shape[-1] else "flex"
 
 
 def _filled(stretches: list[tuple[Tensor, ...]], length: int) -> Tensor:
