@@ -17,8 +17,9 @@ from palate.data.batch import collate, scored_length, stream_length
 from palate.data.sources import read_any, read_feedback
 from palate.data.stream import pack
 from palate.data.tokens import tokenize
+from palate.losses import PairLogps
 from palate.recipes.preference import PreferenceConfig, run
-from palate.scoring import logps, support
+from palate.scoring import Numerics, logps, support
 
 CONTEXT = 512
 # file -> rows the readers give (ties left out, and one row of the Vicuna file whose reply is empty)
@@ -100,9 +101,9 @@ def read_groups(path, tokenizer, rows=None):
 @torch.no_grad()
 def scored(model, groups):
     """palate's sums, shared stream by shared stream, one a completion."""
-    totals = []
+    numerics, totals = Numerics.of(model, "float32", 2048), []
     for part in pack([stream_length(group) for group in groups], 2048):
-        found = logps(model, collate([groups[i] for i in part]))
+        found = logps(model, collate([groups[i] for i in part]), numerics=numerics)
         totals += found.total.tolist()
     return totals
 
@@ -119,6 +120,7 @@ def compare(loaded, float64_model, groups):
     assert error[worst] <= 1e-4, f"{group.source}, completion {k}: {got[worst]} against {expected[worst]}"
     per_token = np.abs(got - expected) / [scored_length(g, k) for g, k in flat]
     assert per_token.max() <= 1e-5
+    return got
 
 
 @pytest.mark.parametrize("name", [*PLAIN, *CHATS])
@@ -133,7 +135,22 @@ def test_first_rows_equal_a_float64_pass_row_by_row(name, data_dir, loaded, floa
 def test_every_row_equals_a_float64_pass_row_by_row(name, data_dir, loaded, float64_model):
     groups = read_groups(data_dir / f"{name}.jsonl", loaded.tokenizer)
     assert len(groups) == (PLAIN | CHATS)[name]
-    compare(loaded, float64_model, groups)
+    reference = compare(loaded, float64_model, groups)
+    # step 0 over the whole file: in other company and order the same bits, so every margin is 0 and the loss is ln 2
+    again = iter(scored(loaded.model, groups[::-1]))
+    policy = [[next(again) for _ in group.completions] for group in groups[::-1]][::-1]
+    assert np.array_equal(reference, [total for totals in policy for total in totals])
+    known = iter(reference.tolist())
+    pairs = [
+        [*totals[better], *totals[worse]]
+        for group, mine in zip(groups, policy, strict=True)
+        for totals in [[(value, next(known)) for value in mine]]
+        for better, worse in group.preferences
+    ]
+    if pairs:
+        chosen, chosen_before, rejected, rejected_before = torch.tensor(pairs, dtype=torch.float64).T
+        loss = palate.losses.LOSSES["dpo"](PairLogps(chosen, rejected, chosen_before, rejected_before))
+        assert (loss - math.log(2)).abs().max() <= 1e-12
 
 
 def test_published_text_and_log_probs_come_back(data_dir, loaded, float64_model):
