@@ -488,6 +488,7 @@ python examples/reward_truth.py reviews --work runs/truth
 python examples/self_play.py spin --work runs/play
 python examples/self_play.py spin --spent --only "SPIN, lambda 1" --work runs/play-spent
 python examples/self_play.py kills --work runs/play-kills
+python examples/online.py --work runs/online
 python examples/self_play.py real --model SmolLM2-135M-Instruct --data-dir "$PALATE_TEST_DATA" --work runs/play-real
 ```
 """
@@ -670,6 +671,7 @@ SHOWN = {
     "frontier": show_by("frontier"),
     "reward": show_by("reward_truth"),
     "spin": show_by("self_play"),
+    "online": show_by("online"),
 }
 SECTIONS = {"scores": scores, "train": train, "reload": reload, "kills": kills, "pretrain": pretrain}
 
