@@ -17,13 +17,30 @@ from palate.recipes.demo import FEWEST, MADE, MOST, DemoConfig, Pace, clear, com
 HAS_MODELS = builtin.model_folder("tiny").is_dir()
 
 
+ALONE = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30,) * 2)
+
+def refuse(event, args):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
+        raise PermissionError(f"{event} {args}: there is no network")
+
+sys.addaudithook(refuse)
+from palate.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def demo(folder: Path, *argv: str, **environ: str) -> subprocess.CompletedProcess:
-    """`palate demo --json ...` in a process of its own, in a folder, under an environment of its own."""
-    line = [sys.executable, "-c", "import sys; from palate.cli import main; sys.exit(main(sys.argv[1:]))"]
+    """`palate demo --json ...` in a process of its own, in a folder, under an environment of its own.
+
+    It has 4 GB of addresses, no network and no terminal.
+    """
     return subprocess.run(
-        [*line, "demo", "--json", *argv],
+        [sys.executable, "-c", ALONE, "demo", "--json", *argv],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "2", **environ},
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         encoding="utf-8",
         timeout=500,
@@ -32,7 +49,7 @@ def demo(folder: Path, *argv: str, **environ: str) -> subprocess.CompletedProces
 
 @pytest.mark.slow
 def test_the_demo_ends_better_anywhere(tmp_path):
-    """A path with spaces and umlauts, a home where nothing can be written, no terminal, no network."""
+    """A path with spaces and umlauts, a home where nothing can be written, no terminal, no network, 4 GB."""
     folder, home = tmp_path / "Über uns hier", tmp_path / "home"
     folder.mkdir()
     home.write_text("no folder, so that not even root can write below it")
