@@ -72,28 +72,37 @@ def trained(work: Path, name: str, seed: int) -> dict:
     return row
 
 
+LEARNT = (
+    "Where a reward model rewards (`palate reward` on `builtin:reviews`), its mean is 0 and its deviation 1 on samples",
+    "of the start, and *by the rule* is what the rule says of the same run, before and after.",
+)
+
+
 def show(rows) -> str:
-    """The section of the page."""
+    """The section of the page; a column of what the rule says where a reward model rewarded."""
+    learnt = any("by_rule" in row for row in rows)
     lines = [
         "## PPO on the built-in world",
         "",
         f"`palate ppo --model builtin:tiny --steps {ROLLOUTS}` on `builtin:prompts[300:]`, all else by default:",
         f"rollouts of {EPISODES} episodes, 4 passes, rate 3e-4 falling to zero, KL coefficient 0.05. Held out: one",
         "sample of each of `builtin:prompts[:300]`, the same draws before and after, with 95 % intervals. Reward: the",
-        "rule's, from -17 to 3, or a reward model's (`palate reward` on `builtin:reviews`), which has mean 0 and",
-        "deviation 1 on samples of the start; *by the rule*: what the rule says of that run, before and after. KL:",
-        "nats a completion, sampled. *clipped*: the largest share of tokens of any step; *explained*: of the variance",
-        "of the returns, by the critic, in the last rollout (a critic that begins at 0 has not learnt in 32 updates to",
+        "rule's, from -17 to 3.",
+        *(LEARNT if learnt else ()),
+        "KL: nats a completion, sampled. *clipped*: the largest share of tokens of any step; *explained*: of the",
+        "variance of the returns, by the critic, in the last rollout (a critic that begins at 0 has not learnt in 32 updates to",
         "tell texts apart). Seconds: sampling and updates, one thread. The settings were fixed on seed 100.",
         "",
-        "| run | seed | reward before | after | by the rule | KL | ended | clipped | explained | seconds | health |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| run | seed | reward before | after |{' by the rule |' * learnt} KL | ended | clipped | explained | seconds | "
+        "health |",
+        "|---" * (10 + learnt) + "|",
     ]
     for r in rows:
         sides = [f"{v:.2f} ± {1.96 * e:.2f}" for v, e in zip(r["reward"], r["errors"], strict=True)]
-        rule = "" if "by_rule" not in r else "{before:.2f} → {after:.2f}".format(**r["by_rule"])
+        said = "{before:.2f} → {after:.2f}".format(**r["by_rule"]) if "by_rule" in r else ""
+        rule = f" {said} |" if learnt else ""
         lines.append(
-            f"| {r['data']} | {r['seed']} | {sides[0]} | {sides[1]} | {rule} | {r['kl']:.2f} | {r['ended']:.0%} | "
+            f"| {r['data']} | {r['seed']} | {sides[0]} | {sides[1]} |{rule} {r['kl']:.2f} | {r['ended']:.0%} | "
             f"{r['clipped']:.0%} | {'' if r['explained'] is None else format(r['explained'], '.2f')} | "
             f"{r['training_seconds']:.0f} | {'; '.join(r['health']) or 'nothing flagged'} |"
         )
