@@ -76,8 +76,8 @@ state spaces, short convolutions); {fallback} fall back, {refused} are refused, 
 - **fallback (padded)**: padded rows through the stock forward, the head on scored positions alone. Its cost: a prompt
   is computed once a completion, and pads are computed. CPU time of forward and backward over that of the shared path,
   the same model forced onto padded rows (8 layers, width 256, two pairs a stream, median of 3 streams),
-  prompts of about 350 tokens with completions of 35 / 180 with 300: Qwen3-Next 1.7 / 1.7, Qwen3.5 1.7 / 1.5, LFM2 1.7 / 1.5,
-  Llama 1.9 / 1.7.
+  prompts of about 350 tokens with completions of 35 / 180 with 300: Qwen3-Next 1.7 / 1.7, Qwen3.5 1.7 / 1.5,
+  LFM2 1.7 / 1.5, Llama 1.9 / 1.7.
 - **fallback (plain)**: as before, and the model's own full logits, for a family that changes what its head gets.
 - **refused**: no log-probs that could be trusted, in the probe's own words, before anything is trained.
 

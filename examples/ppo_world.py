@@ -90,11 +90,12 @@ def show(rows) -> str:
         "rule's, from -17 to 3.",
         *(LEARNT if learnt else ()),
         "KL: nats a completion, sampled. *clipped*: the largest share of tokens of any step; *explained*: of the",
-        "variance of the returns, by the critic, in the last rollout (a critic that begins at 0 has not learnt in 32 updates to",
-        "tell texts apart). Seconds: sampling and updates, one thread. The settings were fixed on seed 100.",
+        "variance of the returns, by the critic, in the last rollout (a critic that begins at 0 has not learnt in",
+        "32 updates to tell texts apart). Seconds: sampling and updates, one thread. The settings were fixed on",
+        "seed 100.",
         "",
-        f"| run | seed | reward before | after |{' by the rule |' * learnt} KL | ended | clipped | explained | seconds | "
-        "health |",
+        f"| run | seed | reward before | after |{' by the rule |' * learnt} KL | ended | clipped | explained | "
+        "seconds | health |",
         "|---" * (10 + learnt) + "|",
     ]
     for r in rows:
