@@ -66,7 +66,7 @@ def varlen_attention(
     width = v.shape[-1]
     if width < q.shape[-1]:  # the kernel knows one width
         v = nn.functional.pad(v, (0, q.shape[-1] - width))
-    call = _flash() if query.is_cuda else eager_varlen
+    call: Callable[..., Tensor] = _flash() if query.is_cuda else eager_varlen
     out = call(
         *(x.contiguous() for x in (q, k, v)),
         parts.query_starts,
