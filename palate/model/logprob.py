@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from palate.model.softmax import row_logps, row_slopes
+
 LOGITS_PER_CHUNK = 2**25  # vocabulary times rows: 128 MiB in float32
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 ROWS = 16  # the head runs on multiples of this: matrix kernels treat left-over rows apart, and round them apart
@@ -92,12 +94,13 @@ class _TargetLogps(torch.autograd.Function):
         for number, (part, wanted) in enumerate(pieces, start=1):
             if keep and number == len(ctx.sizes):
                 ctx.kept = _logits(ctx, part)
-                logits = _wide(ctx.kept[-1].detach())
+                logits = ctx.kept[-1]
             else:
                 raw = head(part)
-                logits = _wide(raw if transform is None else transform(raw))
-            norms.append(logits.logsumexp(-1))
-            logps.append(logits.gather(-1, wanted[:, None])[:, 0] - norms[-1])
+                logits = raw if transform is None else transform(raw)
+            found, norm = row_logps(logits, wanted)
+            logps.append(found)
+            norms.append(norm)
         ctx.save_for_backward(rows, targets, torch.cat(norms), *parameters)
         return torch.cat(logps)
 
@@ -110,11 +113,8 @@ class _TargetLogps(torch.autograd.Function):
         for part, wanted, norm, weight in reversed(list(zip(*pieces, strict=True))):
             part, logits = _logits(ctx, part) if kept is None else kept
             kept = None
-            # d logp_t / d logits = onehot_t - softmax, written over logits that nothing else needs
-            slope = _wide(logits.detach() if ctx.transform is None else logits.detach().clone())
-            weight = weight[:, None].to(slope.dtype)
-            slope.sub_(norm[:, None]).exp_().mul_(-weight).scatter_add_(-1, wanted[:, None], weight)
-            first, *rest = torch.autograd.grad(logits, [part, *parameters], slope.to(logits.dtype), allow_unused=True)
+            slope = row_slopes(logits, norm, wanted, weight, spare=ctx.transform is None)
+            first, *rest = torch.autograd.grad(logits, [part, *parameters], slope, allow_unused=True)
             row_gradients.append(first)
             sums = [_added(old, new) for old, new in zip(sums, rest, strict=True)]
             del logits, slope  # before the next chunk's are made
@@ -135,7 +135,3 @@ def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
     if total is None or part is None:
         return part if total is None else total
     return total.add_(part)
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from palate.data.batch import float64_device
 from palate.data.stream import StepBatch
 from palate.distributed import Ranks
 from palate.errors import NotFiniteError
@@ -148,14 +149,25 @@ def _reduce(outcomes: list[Outcome], ranks: Ranks) -> tuple[float, dict[str, flo
         finite = finite & torch.isfinite(outcome.row_losses).all()
         for name, tally in outcome.metrics.items():
             metrics[name] = metrics.get(name, Tally()) + tally
-    totals = {name: (float(tally.total), tally.count) for name, tally in metrics.items()}
-    shares = ranks.gather((totals, (float(loss.total), loss.count), bool(finite)))
+    found, total, sound = _read([tally.total for tally in metrics.values()], loss.total, finite)
+    totals = {name: (value, tally.count) for (name, tally), value in zip(metrics.items(), found, strict=True)}
+    shares = ranks.gather((totals, (total, loss.count), bool(sound)))
     metrics = {}
     for share, _, _ in shares:
         for name, tally in share.items():
             metrics[name] = metrics.get(name, Tally()) + Tally(*tally)
     loss = sum((Tally(*share) for _, share, _ in shares), Tally())
     return loss.mean, means(metrics), all(share for _, _, share in shares)
+
+
+def _read(totals: list, loss, finite) -> tuple[list[float], float, float]:
+    """The numbers of a step, read from its device in one go: each read alone would wait for the device again."""
+    numbers = [*totals, loss, finite]
+    on_device = [x for x in numbers if isinstance(x, torch.Tensor)]
+    device = float64_device(on_device[0].device) if on_device else None
+    read = iter(torch.stack([x.detach().to(device).double() for x in on_device]).tolist() if on_device else ())
+    *found, total, sound = (next(read) if isinstance(x, torch.Tensor) else float(x) for x in numbers)
+    return found, total, sound
 
 
 def _not_finite(number: int, outcomes: list[Outcome], loss: float, norm: float) -> NotFiniteError:
