@@ -64,6 +64,8 @@ def stream_attention(
         raise NotShared("the model passes a mask of its own")
     _Calls.total += 1
     _Calls.windowed += sliding_window is not None
+    if query.is_cuda and torch.is_autocast_enabled("cuda"):  # rotary tables made float32 of what the projections gave
+        query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
     kernel, operands = kernel_for(query, value, softcap, s_aux), (query[0], key[0], value[0])
     if kernel == "varlen":
         return varlen_attention(layout, *operands, scaling, sliding_window)[None], None
