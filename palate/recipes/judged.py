@@ -9,7 +9,7 @@ from pydantic import Field
 
 from palate.data.records import Text
 from palate.errors import DataError
-from palate.recipes.rounds import Case, Round, RoundsConfig, Scorer, by
+from palate.recipes.rounds import Band, Case, Round, RoundsConfig, Scorer, by
 
 JUDGING = 2**30  # added to the seed of what judges write
 POLICY, MODEL = "policy", "policy:"
@@ -32,11 +32,7 @@ class JudgedConfig(RoundsConfig):
     ] = None  # fmt: skip
     judge_temperature: Annotated[float, Field(ge=0, lt=math.inf, description="Of a policy's judgements")] = 0.7
     judge_tokens: Annotated[int, Field(gt=0, description="New tokens of a judgement at most")] = 256
-    length_control: Annotated[
-        float | None,
-        Field(ge=0, lt=0.5, description="Band, a share of the scores' range: the shortest within it of the best "
-              "against the longest within it of the worst; default: off"),
-    ] = None  # fmt: skip
+    length_control: Band = None
     beta: Annotated[float, Field(gt=0, lt=math.inf, description="Of the DPO loss of every round")] = 0.1
 
 

@@ -21,7 +21,7 @@ from palate.errors import UsageError
 from palate.recipes import chain, stages
 from palate.recipes.contest import against_start, opened
 from palate.recipes.plan import plan_lines, refuse_plan
-from palate.recipes.rounds import OwnSamplesConfig, Round, Way, by
+from palate.recipes.rounds import Band, OwnSamplesConfig, Round, Way, by
 from palate.recipes.training import Ending, OwnBatches, open_folder, prepare, save_policy, train
 from palate.recipes.verbs import max_length, number, stderr
 
@@ -36,10 +36,7 @@ class OnlineConfig(OwnSamplesConfig):
         Field(description="Labels: rule, random, a reward model's folder, implicit:RUN, policy:MODEL, module:function"),
     ]
     candidates: Annotated[int, Field(ge=2, description="Samples of each prompt; the best is held to the worst")] = 2
-    band: Annotated[
-        float | None,
-        Field(ge=0, lt=0.5, description="Length control: shortest of this share at the top, longest at the bottom"),
-    ] = None
+    length_control: Band = None
     loss: Annotated[str, Field(description="A loss of the pairwise family, such as dpo, ipo, hinge")] = "dpo"
     loss_options: Annotated[
         dict[str, float | bool | int], Field(description="Options of the loss, by its own names")
@@ -275,7 +272,7 @@ def paired(config: OnlineConfig, case):
     """The best sample of a prompt against the worst, or why there is no pair."""
     from palate.sampling.pairing import best_and_worst
 
-    return best_and_worst(case.record.prompt, case.candidates, config.band, case.record.source)
+    return best_and_worst(case.record.prompt, case.candidates, config.length_control, case.record.source)
 
 
 def beta(config: OnlineConfig) -> float | None:

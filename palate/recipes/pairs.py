@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from palate.errors import UsageError
 from palate.recipes import stages
-from palate.recipes.rounds import Case, Round, Way, by, made_by_one
+from palate.recipes.rounds import Band, Case, Round, Way, by, made_by_one
 from palate.recipes.training import refuse_other_data, resolved
 from palate.recipes.verbs import ReadConfig, check_model_options, check_new_file, stderr, write_lines
 
@@ -30,10 +30,7 @@ class PairsConfig(ReadConfig):
         Field(description="rule, random, implicit:RUN, a reward model's folder, policy:MODEL, module:function"),
     ] = None
     candidates: Annotated[int, Field(ge=2, description="Samples of each prompt; the best is held to the worst")] = 4
-    band: Annotated[
-        float | None,
-        Field(ge=0, lt=0.5, description="Length control: shortest of this share at the top, longest at the bottom"),
-    ] = None
+    length_control: Band = None
     strong: Annotated[
         str | None, Field(description="Model whose sample is chosen, in place of --model and --judge")
     ] = None
@@ -50,7 +47,7 @@ class PairsConfig(ReadConfig):
 
     @model_validator(mode="after")
     def _has_effect(self):
-        for name in ("candidates", "band"):
+        for name in ("candidates", "length_control"):
             if self.strong is not None and getattr(self, name) != type(self).model_fields[name].default:
                 raise UsageError("has no effect without --judge", where=name, code="E316", next="drop it")
         if self.shares[0] > self.shares[1]:
@@ -179,7 +176,9 @@ def made(config: PairsConfig, found: Sequence[list[Case]]):
     from palate.sampling.pairing import best_and_worst, pairing, strong_and_weak
 
     if config.judge is not None:
-        return pairing(best_and_worst(c.record.prompt, c.candidates, config.band, c.record.source) for c in found[0])
+        return pairing(
+            best_and_worst(c.record.prompt, c.candidates, config.length_control, c.record.source) for c in found[0]
+        )
     both = ((case.record, *case.candidates, *other.candidates) for case, other in together(*found))
     return pairing(strong_and_weak(record.prompt, one, two, record.source) for record, one, two in both)
 

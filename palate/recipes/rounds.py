@@ -28,6 +28,12 @@ Row = dict[str, Any]
 # be read; what else is in the row is kept
 Scorer = Callable[[Sequence, Sequence, int], Iterable[Row]]
 
+Band = Annotated[
+    float | None,
+    Field(ge=0, lt=0.5, description="Band, a share of the scores' range: the shortest within it of the best against "
+          "the longest within it of the worst; default: off"),
+]  # fmt: skip
+
 
 class OwnSamplesConfig(TrainingConfig):
     """Options of every verb that trains on what the model itself samples."""
