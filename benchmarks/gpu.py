@@ -321,7 +321,7 @@ def main(argv: list[str] | None = None) -> int:
         for tokens in given.tokens or ((512,) if given.quick else (2048, 8192))
     ]
     print(
-        "| model | profile | tokens | ours, tokens/s | over TRL | memory | MFU | TRL's device batch | loss at start, ours | TRL |"
+        "| model | profile | tokens | ours, tokens/s | over TRL | memory | MFU | TRL's split | first loss, ours | TRL |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     rows = []
