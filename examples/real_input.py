@@ -260,11 +260,13 @@ def pretrain(args, keep) -> None:
 
 
 def reload(args, keep) -> None:
-    """The weights a run ended with (its last checkpoint on the start) against its model/ in plain transformers."""
+    """The weights a run ended with (its last checkpoint on the start) against what it saved, in plain transformers."""
     import torch
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import palate
+    from palate.model.adapters import merged_copy
     from palate.train import checkpoint
     from palate.train.optim import OptimConfig
 
@@ -281,15 +283,22 @@ def reload(args, keep) -> None:
             start = palate.load(args.model).model
             plain = AutoModelForCausalLM.from_pretrained(work / "run" / "model", dtype=torch.float32).eval()
             tokenizer = AutoTokenizer.from_pretrained(work / "run" / "model")
-            largest = moved = 0.0
+            # what was trained beside what was saved; an adapter also merged, which rounds in another order
+            sides = {"difference": (merged_copy(policy) if rank else policy, plain)}
+            if rank:
+                base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+                sides["adapter"] = (policy, PeftModel.from_pretrained(base, str(work / "run" / "adapter")).eval())
+                sides["merge"] = (policy, plain)
+            sides["moved"] = (start, plain)
+            found = dict.fromkeys(sides, 0.0)
             prompts = [record.prompt + record.chosen for record in palate.read_pairs(f"{data}[:12]")]
             for prompt in prompts:
                 ids = tokenizer(prompt, return_tensors="pt").input_ids
-                with torch.no_grad():
-                    ours, theirs, old = (m(input_ids=ids).logits for m in (policy, plain, start))
-                largest = max(largest, float((ours - theirs).abs().max()))
-                moved = max(moved, float((old - theirs).abs().max()))
-            keep({"data": kind, "prompts": len(prompts), "difference": largest, "moved": moved})
+                for name, (one, other) in sides.items():
+                    with torch.no_grad():
+                        apart = (one(input_ids=ids).logits - other(input_ids=ids).logits).abs().max()
+                    found[name] = max(found[name], float(apart))
+            keep({"data": kind, "prompts": len(prompts)} | found)
 
 
 def kills(args, keep) -> None:
@@ -600,15 +609,20 @@ def show_reload(rows) -> str:
         "## The saved model in plain transformers",
         "",
         "Two steps on yes_no_pairs; the run's last checkpoint put on the start by hand, against",
-        "`AutoModelForCausalLM.from_pretrained(RUN/model)`, logits of whole prompts. LoRA is merged when saved, so its",
-        "sums are rounded in another order.",
+        "`AutoModelForCausalLM.from_pretrained(RUN/model)`, logits of whole prompts: the largest difference. With LoRA",
+        "`model/` is held against the adapter merged in memory, `adapter/`, loaded by peft, against the adapter as",
+        "trained; *merging* is what adding it to the weights rounds otherwise.",
         "",
-        "| weights | prompts | largest difference of a logit | training moved a logit by up to |",
-        "|---|---|---|---|",
+        "| weights | prompts | model/ | adapter/ | merging | training moved a logit by up to |",
+        "|---|---|---|---|---|---|",
     ]
+
+    def apart(value: float | None) -> str:
+        return "" if value is None else "0 (equal bits)" if value == 0 else f"{value:.1e}"
+
     for r in rows:
-        difference = "0 (equal bits)" if r["difference"] == 0 else f"{r['difference']:.1e}"
-        lines.append(f"| {r['data']} | {r['prompts']} | {difference} | {r['moved']:.3f} |")
+        saved = " | ".join(apart(r.get(name)) for name in ("difference", "adapter", "merge"))
+        lines.append(f"| {r['data']} | {r['prompts']} | {saved} | {r['moved']:.3f} |")
     return "\n".join([*lines, ""])
 
 
