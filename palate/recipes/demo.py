@@ -19,7 +19,7 @@ from palate.recipes.verbs import Say, stderr
 
 MODEL, DATA, HELD = "builtin:tiny", "builtin:reviews", "builtin:reviews/heldout"
 PROMPTS = "builtin:prompts[:300]"  # no setting of this page was chosen on them, unlike on the held-out pairs
-# Where the text stays whole: on builtin:prompts[300:], seed 101, 110 steps at 5e-4 falling to zero win 76 %, these 69 %,
+# Where the text stays whole: on builtin:prompts[300:], seed 101, 110 steps at 5e-4 falling to zero win 76 %, these 69,
 # but then 22 % of the reviews have a broken sentence, here 8 %, at the start 7 %.
 BETA, RATE, BATCH, TOKENS = 0.5, 2e-4, 64, 4096
 FEWEST, MOST = 12, 60  # steps: fewer teach too little, more are not needed
