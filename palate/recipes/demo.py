@@ -30,7 +30,7 @@ TRIED = 96  # pairs of the trial that the plan is made from
 MADE = {".lock", "run.json", "config.yaml", "data.json", "metrics.jsonl", "samples.jsonl", "retention.json"}
 MADE |= {"reference.safetensors", "scoring", "checkpoints", "model", "compare", "report.html"}
 ROAD_FILE = "road.json"
-ROAD = {"data", "base", "sft", "dpo", "reward", "ppo", ROAD_FILE}  # what --full leaves besides
+ROAD = {"data", "base", "sft", "dpo", "reward", "ppo", "spin", "self-reward", ROAD_FILE}  # what --full leaves besides
 
 
 class DemoConfig(BaseModel):
@@ -38,9 +38,11 @@ class DemoConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    full: Annotated[bool, Field(description="From text to a tuned model, and reward model + PPO beside DPO")] = False
+    full: Annotated[
+        bool, Field(description="From text to tuned models: DPO, reward model + PPO, SPIN, self-rewarding")
+    ] = False
     minutes: Annotated[
-        float | None, Field(gt=0, le=600, description="Minutes it may take, which decide the steps; 2.5, of --full 8")
+        float | None, Field(gt=0, le=600, description="Minutes it may take, which decide the steps; 2.5, of --full 15")
     ] = None
     out: Annotated[str, Field(description="Run folder; one that a demo made before is replaced")] = "runs/demo"
     seed: Annotated[int, Field(ge=0, lt=2**63, description="Of the order of pairs and of what is sampled")] = 0
@@ -58,7 +60,7 @@ def run(config: DemoConfig, *, verb: str = "demo", argv=(), say=stderr, panel=No
 
     out = Path(config.out)
     clear(out)
-    told = Teller(say, config.minutes or (8 if config.full else 2.5))
+    told = Teller(say, config.minutes or (15 if config.full else 2.5))
     say(f" palate {__version__} · {machine()} · everything stays in {out}")
 
     if config.full:

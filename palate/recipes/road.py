@@ -1,7 +1,9 @@
-"""The whole road on what comes with the package: text, demonstrations, then DPO beside a reward model and PPO.
+"""The whole road on what comes with the package: text, demonstrations, then DPO beside a reward model and PPO, and two
+short rounds each of SPIN and Self-Rewarding, which need no preferences.
 
-Every stage is a verb's own run, its command printed. Both ways start from one fine-tuned model and one file of pairs,
-and PPO samples and trains for about as long as DPO trains; what each took and what came of it ends in one table.
+Every stage is a verb's own run, its command printed. All ways start from one fine-tuned model; the first two read one
+file of pairs, and PPO samples and trains for about as long as DPO trains. What each took and what came of it ends in
+one table.
 """
 
 import shlex
@@ -13,13 +15,19 @@ from typing import Any
 
 from palate.recipes.verbs import aligned, number
 
-SHARES = {"pretrain": 0.36, "sft": 0.10, "dpo": 0.14, "reward": 0.10}  # of the time; PPO gets what DPO took
+# of the time; PPO gets what DPO took
+SHARES = {"pretrain": 0.20, "sft": 0.06, "dpo": 0.08, "reward": 0.06, "spin": 0.16, "self-reward": 0.22}
 MOST_REWARD = 76  # steps: two epochs
 SMALL = 32  # texts or demonstrations of a step
 TEXT, FINE = 56, 37  # their mean tokens
+SELF_RATE = 1e-4  # of rounds on own samples
 EPISODES, PASSES = 128, 4  # of a rollout
 FEWEST, MOST = 3, 60  # rollouts
 AROUND = 10  # seconds of a command that are no steps: loading, evaluation, saving
+ROUNDS, COMPARED, LEAST = 2, 300, 64  # rounds, prompts that they are compared on, fewest prompts of a round
+CANDIDATES, JUDGED = 4, 1  # samples of a prompt that judges itself, and how often each is judged
+BATCH_OF_ROUNDS = 32
+STARTED, ASKED = 40, 1.8  # steps that teach it to judge; a judgement's cost, in samples
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ class Walker:
     """Goes the stages one by one and says what came out."""
 
     def __init__(self, config, told, panel):
-        from palate.recipes import compare, ppo, pretrain, reward, sft
+        from palate.recipes import compare, ppo, pretrain, reward, self_rewarding, sft, spin
         from palate.recipes.preference import PreferenceConfig
         from palate.recipes.preference import run as prefer
 
@@ -71,6 +79,8 @@ class Walker:
             "dpo": (prefer, PreferenceConfig),
             "reward": (reward.run, reward.RewardConfig),
             "ppo": (ppo.run, ppo.PpoConfig),
+            "spin": (spin.run, spin.SpinConfig),
+            "self-reward": (self_rewarding.run, self_rewarding.SelfRewardConfig),
             "compare": (compare.run, compare.CompareConfig),
         }
 
@@ -84,6 +94,12 @@ class Walker:
         if not sys.stderr.isatty():
             options["log_every"] = -(-steps * every // 3)
         return self.go(verb, options | {"out": self.at(name)}, panel=self.panel)
+
+    def rounds(self, verb: str, **options) -> Stage:
+        """A verb that goes in rounds, from the fine-tuned model."""
+        options = {"model": self.at("sft"), "rounds": ROUNDS, "epochs": 1, "batch": BATCH_OF_ROUNDS} | options
+        options |= {"max_tokens": 96, "samples": 0, "seed": self.seed, "out": self.at(verb)}
+        return self.go(verb, options, panel=None)
 
     def compare(self, name: str) -> Stage:
         """A tuned model against the fine-tuned one, by the rule."""
@@ -149,11 +165,36 @@ def walk(config, told, argv=(), panel=None) -> dict[str, Any]:
     ppo = walker.train("ppo", "ppo", rollouts, PASSES, **options)
     told.line("ppo", ppo.found["verdict"])
 
+    count = min(2800, asked_of(pace, seconds["spin"], 1, 0))
+    spin = walker.rounds("spin", data=f"builtin:demonstrations[:{count}]", temperature=1.0, lr=SELF_RATE)
+    told.line("spin", spin.found["verdict"])
+    count = min(2000, asked_of(pace, seconds["self-reward"], CANDIDATES, JUDGED))
+    options = {"data": "builtin:seed", "candidates": CANDIDATES, "judgements": JUDGED, "prompts_per_round": count}
+    options |= {"judge_template": "reviews"}
+    judged = walker.rounds("self-reward", **options, lr=SELF_RATE, beta=BETA, start={"steps": STARTED})
+    told.line("self", judged.found["verdict"])
+
+    drawn = CANDIDATES * (1 + JUDGED)
     ways = [
         way("DPO", "dpo", [dpo], walker, models=1, samples=0),
         way("reward model + PPO", "ppo", [reward, ppo], walker, models=4, samples=rollouts * EPISODES + 256),
+        way("SPIN", "spin", [spin], walker, models=1, samples=prompts_of(spin)),
+        way("self-rewarding", "self-reward", [judged], walker, models=1, samples=drawn * prompts_of(judged)),
     ]
     return finish(config, told, walker, ways, argv)
+
+
+def asked_of(pace, seconds: float, each: int, judged: int) -> int:
+    """Prompts of a round such that all rounds fit: samples, judgements, training and comparison."""
+    around = ROUNDS * 2 * AROUND + (ROUNDS + 1) * COMPARED * (pace.sampled + pace.scored)
+    around += judged * STARTED * pace.step / 2
+    of_one = each * (1 + judged * ASKED) * pace.sampled + 2 * pace.scored + 1.5 * pace.step / 64
+    return max(LEAST, int((seconds - around) / (ROUNDS * of_one)))
+
+
+def prompts_of(stage: Stage) -> int:
+    """Prompts that were sampled in all rounds."""
+    return sum(row["prompts"] for row in stage.found["rounds"])
 
 
 def way(name: str, run: str, stages: Sequence[Stage], walker: Walker, *, models: int, samples: int) -> Way:
@@ -162,7 +203,7 @@ def way(name: str, run: str, stages: Sequence[Stage], walker: Walker, *, models:
 
     match = walker.compare(run).found
     walker.told.line("compare", match_line(match))
-    peaks = [stage.found["peak_bytes"] for stage in stages]
+    peaks = [stage.found.get("peak_bytes") for stage in stages]
     return Way(
         name=name,
         run=run,
