@@ -95,7 +95,9 @@ class Branches(Cache):
 
     def _arranged(self) -> None:
         self.of = torch.tensor(self.owners, device=self.device)
-        self.slots = self.of * self.width + torch.tensor(self.places, device=self.device)
+        slots = [owner * self.width + place for owner, place in zip(self.owners, self.places, strict=True)]
+        self.whole = slots == list(range(len(self.lengths) * self.width))
+        self.slots = torch.tensor(slots, device=self.device)
 
     def attend(self, query: Tensor, scaling, window: int | None, softcap, sinks: Tensor | None) -> Tensor:
         """Attention output (1, rows, heads, dim) of one token a row; query (1, heads, rows, dim)."""
@@ -121,12 +123,15 @@ class Branches(Cache):
 
     def _by_prompt(self, x: Tensor) -> Tensor:
         """(rows, heads, queries, n) -> (prompts, heads, rows of a prompt * queries, n), zeros where rows are gone."""
-        laid = x.new_zeros(len(self.lengths) * self.width, *x.shape[1:])
-        laid[self.slots] = x
+        laid = x
+        if not self.whole:
+            laid = x.new_zeros(len(self.lengths) * self.width, *x.shape[1:])
+            laid[self.slots] = x
         return laid.unflatten(0, (-1, self.width)).transpose(1, 2).flatten(2, 3)
 
     def _by_row(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.width, -1)).transpose(1, 2).flatten(0, 1)[self.slots]
+        laid = x.unflatten(2, (self.width, -1)).transpose(1, 2).flatten(0, 1)
+        return laid if self.whole else laid[self.slots]
 
     def _bias(self, window: int | None) -> Tensor | None:
         """(rows, 1, 1, columns): 0 where a row may look, minus infinity elsewhere; None where it may look anywhere."""

@@ -95,9 +95,9 @@ def generate(
     made: list[Sample] = []
     with torch.no_grad(), evaluation_mode(model):
         engine = _Branching if branches(model) else _Padded
-        equal = _cache_name(model) is None
-        with shared_attention(model) if engine is _Branching else nullcontext():
-            for rows in _batches(prompts, samples, max_tokens, batch_tokens, equal):
+        shared, equal = engine is _Branching, _cache_name(model) is None
+        with shared_attention(model) if shared else nullcontext():
+            for rows in _batches(prompts, samples, max_tokens, batch_tokens, shared=shared, equal=equal):
                 made.extend(_complete(call, engine, prompts, rows))
     return sorted(made, key=lambda sample: (sample.prompt, sample.sample))
 
@@ -267,23 +267,26 @@ def _last_logits(model: Model, places: Tensor, **inputs) -> Tensor:
     return model(**inputs).logits[:, places]
 
 
-def _batches(prompts, samples: int, max_tokens: int, places: int, equal: bool) -> Iterator[list[tuple[int, int]]]:
-    """Lists of (prompt, sample) of about one length, longest first, so that memory runs out at once or never."""
-    rows = [
-        (at, sample)
-        for at in sorted(range(len(prompts)), key=lambda at: -len(prompts[at]))
-        for sample in range(samples)
-    ]
+def _batches(
+    prompts, samples: int, max_tokens: int, places: int, *, shared: bool, equal: bool
+) -> Iterator[list[tuple[int, int]]]:
+    """Lists of (prompt, sample) of about one length, longest first, so that memory runs out at once or never.
+
+    shared: a prompt takes its places once, not once a row. equal: prompts of one length alone stand together.
+    """
     batch: list[tuple[int, int]] = []
-    width = 0
-    for row in rows:
-        length = len(prompts[row[0]])
-        if batch and ((len(batch) + 1) * (width + max_tokens) > places or (equal and length != width)):
-            yield batch
-            batch = []
-        if not batch:
-            width = length
-        batch.append(row)
+    width = used = 0
+    for at in sorted(range(len(prompts)), key=lambda at: -len(prompts[at])):
+        for sample in range(samples):
+            stands = shared and bool(batch) and batch[-1][0] == at
+            needs = max_tokens + (0 if stands else max(width, len(prompts[at])))
+            if batch and (used + needs > places or (equal and len(prompts[at]) != width)):
+                yield batch
+                batch, used, needs = [], 0, max_tokens + len(prompts[at])
+            if not batch:
+                width = len(prompts[at])
+            batch.append((at, sample))
+            used += needs
     if batch:
         yield batch
 
@@ -344,21 +347,23 @@ def _stream(seed: int, prompt: int, sample: int, count: int) -> np.ndarray:
 def _pick(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """The chosen token of each row (B,) and its log-prob at temperature 1 (B,), by inverse distribution function."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = wide - wide.amax(-1, keepdim=True)
     if temperature == 0:
         chosen = wide.argmax(-1)
-    else:
-        weights = ((wide - wide.amax(-1, keepdim=True)) / temperature).exp_()
-        blocks = nn.functional.pad(weights, (0, -weights.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
-        # The first token whose sum is above u * total: first its block, then its place there; float64 for few numbers.
-        sums = _wider(blocks.sum(-1)).cumsum(-1)
-        target = uniform.to(sums.device)[:, None] * sums[:, -1:]
-        block = _first_above(sums, target)
-        before = torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0)
-        mine = blocks[torch.arange(len(blocks), device=blocks.device), block[:, 0].to(blocks.device)]
-        inner = _wider(mine).cumsum(-1)
-        chosen = block * BLOCK + _first_above(inner, target - before)
-        chosen = chosen[:, 0].clamp(max=wide.shape[1] - 1).to(wide.device)
-    return chosen, wide.gather(-1, chosen[:, None])[:, 0] - wide.logsumexp(-1)
+        return chosen, wide.gather(-1, chosen[:, None])[:, 0] - wide.logsumexp(-1)
+    weights = wide.exp() if temperature == 1 else (wide / temperature).exp_()
+    missing = -weights.shape[1] % BLOCK
+    blocks = (nn.functional.pad(weights, (0, missing)) if missing else weights).unflatten(1, (-1, BLOCK))
+    # The first token whose sum is above u * total: first its block, then its place there; float64 for few numbers.
+    sums = _wider(blocks.sum(-1)).cumsum(-1)
+    target = uniform.to(sums.device)[:, None] * sums[:, -1:]
+    block = _first_above(sums, target)
+    before = torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0)
+    mine = blocks[torch.arange(len(blocks), device=blocks.device), block[:, 0].to(blocks.device)]
+    place = _first_above(_wider(mine).cumsum(-1), target - before)
+    chosen = (block * BLOCK + place)[:, 0].clamp(max=wide.shape[1] - 1).to(wide.device)
+    total = sums[:, -1].log().to(wide) if temperature == 1 else wide.logsumexp(-1)
+    return chosen, wide.gather(-1, chosen[:, None])[:, 0] - total
 
 
 def _wider(x: Tensor) -> Tensor:
