@@ -48,6 +48,8 @@ format: install
 
 bench: install
 	$(PY) benchmarks/dpo.py
+	$(PY) benchmarks/generate.py --quick
+	$(PY) benchmarks/scaling.py --quick
 
 docs: install
 	$(PY) docs/tables.py

@@ -19,9 +19,9 @@ import numpy as np
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 SIZES = {  # hidden, intermediate, layers, heads
-    "2M": (128, 352, 4, 4),
-    "8M": (256, 688, 8, 4),
-    "30M": (512, 1376, 8, 8),
+    "1M": (128, 352, 4, 4),
+    "7M": (256, 688, 8, 4),
+    "25M": (512, 1376, 8, 8),
 }
 VOCABULARY = 4096
 
@@ -35,7 +35,7 @@ class Point:
     completions: int = 2
     completion: int = 64
     groups: int = 4
-    model: str = "2M"
+    model: str = "1M"
 
 
 def points(quick: bool) -> list[Point]:
