@@ -499,6 +499,7 @@ python examples/self_play.py spin --spent --only "SPIN, lambda 1" --work runs/pl
 python examples/self_play.py kills --work runs/play-kills
 python examples/online.py --work runs/online
 python examples/self_play.py real --model SmolLM2-135M-Instruct --data-dir "$PALATE_TEST_DATA" --work runs/play-real
+python examples/self_rewarding.py --work runs/self-rewarding
 ```
 """
 
@@ -686,6 +687,7 @@ SHOWN = {
     "reward": show_by("reward_truth"),
     "spin": show_by("self_play"),
     "online": show_by("online"),
+    "self_rewarding": show_by("self_rewarding"),
 }
 SECTIONS = {"scores": scores, "train": train, "reload": reload, "kills": kills, "pretrain": pretrain}
 
