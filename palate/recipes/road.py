@@ -203,7 +203,7 @@ def way(name: str, run: str, stages: Sequence[Stage], walker: Walker, *, models:
 
     match = walker.compare(run).found
     walker.told.line("compare", match_line(match))
-    peaks = [stage.found.get("peak_bytes") for stage in stages]
+    peaks: list[Any] = [stage.found.get("peak_bytes") for stage in stages]
     return Way(
         name=name,
         run=run,
