@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from faults import Crash, disk
+from faults import died, disk
 from runs_kit import COLOURS, lines, tree, write_rows
 from safetensors.numpy import load_file
 
@@ -319,16 +319,3 @@ def test_dead_at_any_place_the_same_bytes(palate, options, monkeypatch, tmp_path
         assert died(partial(quiet, options, out), int(counted.count * share))
         quiet(options, out, resume=Path(out, "run.json").exists())
         assert made(out) == made("whole")
-
-
-def died(work, at) -> bool:
-    """Whether the work met a disk that is gone at operation `at`, and the process with it."""
-    with disk(at) as found:
-        try:
-            work()
-        except Crash:
-            return True
-        except BaseException:
-            assert found.dead
-            return True
-    return found.dead
