@@ -428,6 +428,12 @@ def remove_file(path: str | os.PathLike) -> None:
         operations.unlink(Path(path))
 
 
+def remove_halves(folder: str | os.PathLike) -> None:
+    """Removes what killed processes left half written in a folder and below it; for its only writer to call."""
+    for half in Path(folder).rglob(".*.tmp"):
+        remove_file(half)
+
+
 def remove_tree(path: str | os.PathLike) -> None:
     """Removes a folder and all in it, links as links; nothing where there is none. A crash leaves a damaged folder."""
     path = Path(path)

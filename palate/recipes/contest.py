@@ -144,7 +144,7 @@ def against_start(
     is the start itself, whose rows are kept in start.jsonl of the folder; later the match is in its comparison.json.
     """
     from palate.data.tokens import TokenGroup, end_tokens
-    from palate.files import make_folder, write_json_lines
+    from palate.files import make_folder, remove_halves, write_json_lines
     from palate.model.adapters import reference_mode
     from palate.recipes.retain import totals
     from palate.run import read_lines
@@ -169,8 +169,9 @@ def against_start(
     found |= {"eval/ended": mean(rows, "finished")}
     if (score := mean(rows, "score")) is not None:
         found["eval/reward"] = score
+    make_folder(folder)
+    remove_halves(folder)
     if first:
-        make_folder(folder)
         write_json_lines(folder / "start.jsonl", rows)
     elif judge is not None:
         found |= matched(judge, records, rows, read_lines(folder / "start.jsonl"), kl, folder / "comparison.json")

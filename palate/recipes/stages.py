@@ -351,11 +351,10 @@ def learnt(this: "Round") -> dict[str, Any]:
 def seal(this: "Round", facts: dict[str, Any]) -> None:
     """Ends the round with its row, alarms included; what killed processes left half written is taken away."""
     from palate.evaluation.judging import alarms
-    from palate.files import read_json, remove_file
+    from palate.files import read_json, remove_halves
     from palate.sampling.chunks import Chunks
 
-    for half in this.folder.rglob(".*.tmp"):  # nobody else writes here any more
-        remove_file(half)
+    remove_halves(this.folder)
     row = dict.fromkeys(("pairs", "unparsed", "ties", *LATER)) | {"compared_by": this.config.compared_by}
     row |= read_json(this.folder / "pairs.json") | facts
     row["alarms"] = alarms(row, chain.rows(this.out)[0] if this.number > 1 else None)
