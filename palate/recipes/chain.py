@@ -31,11 +31,16 @@ def parent_of(out: Path, number: int, identity: str) -> str:
     return identity if number == 1 else sha256_file(folder_of(out, number - 1) / MANIFEST)
 
 
+def row_of(out: Path, number: int) -> dict[str, Any]:
+    """The row of a finished round, from its manifest."""
+    return read_json(folder_of(out, number) / MANIFEST)["row"]
+
+
 def rows(out: Path) -> list[dict[str, Any]]:
-    """The rows of the table of all finished rounds, from their manifests."""
+    """The rows of the table of all finished rounds."""
     found = []
-    while (file := folder_of(out, len(found) + 1) / MANIFEST).exists():
-        found.append(read_json(file)["row"])
+    while (folder_of(out, len(found) + 1) / MANIFEST).exists():
+        found.append(row_of(out, len(found) + 1))
     return found
 
 

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from palate.errors import UsageError
 from palate.recipes import stages
-from palate.recipes.rounds import Band, Case, Round, Way, by, made_by_one
+from palate.recipes.rounds import Band, Case, Round, Way, by, made_by_one, share_of
 from palate.recipes.training import refuse_other_data, resolved
 from palate.recipes.verbs import ReadConfig, check_model_options, check_new_file, stderr, write_lines
 
@@ -58,8 +58,7 @@ class PairsConfig(ReadConfig):
     @property
     def shares(self) -> tuple[int, int]:
         """(K, N) of --part."""
-        k, _, n = (self.part or "1/1").partition("/")
-        return int(k), int(n)
+        return share_of(self.part)
 
     @property
     def max_length(self) -> None:
@@ -166,7 +165,7 @@ def drawn(config: PairsConfig, judge, work: Path, records, say) -> tuple[list[li
                 return None
         found.append(stages.cases(side))
         if number == len(config.sides) and config.part is None:
-            told = stages.formats(side, made(config, found).pairs)
+            told = stages.formats(side, stages.tokenized(side, made(config, found).pairs))
         side.forget()
     return found, told
 

@@ -62,6 +62,12 @@ class OwnSamplesConfig(TrainingConfig):
         return self.eval_judge or ("rule" if self.builtin else None)
 
 
+def share_of(part: str | None) -> tuple[int, int]:
+    """(K, N) of a --part; (1, 1) where none is given."""
+    k, _, n = (part or "1/1").partition("/")
+    return int(k), int(n)
+
+
 class RoundsConfig(OwnSamplesConfig):
     """Options of every verb that goes in rounds."""
 
@@ -106,8 +112,7 @@ class RoundsConfig(OwnSamplesConfig):
     @property
     def shares(self) -> tuple[int, int]:
         """(K, N) of --part."""
-        k, _, n = (self.part or "1/1").partition("/")
-        return int(k), int(n)
+        return share_of(self.part)
 
     @property
     def compared_on(self) -> str | None:

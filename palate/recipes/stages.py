@@ -186,13 +186,13 @@ def pair(this: "Round", **_: Any) -> None:
     if is_stage_done(this, "pair"):
         return
     found = cases(this)
-    made = whole(this, this.way.pair(this, found))
+    made, groups = whole(this, this.way.pair(this, found))
     mine: dict[bool, list] = {True: [], False: []}
-    for one in made.pairs:
-        mine[prompt_key(one) in this.held].append(one)
-    rows = [row(one) | {"round": this.number} for one in mine[False]]
+    for one, group in zip(made.pairs, groups, strict=True):
+        mine[prompt_key(one) in this.held].append((one, group))
+    rows = [row(one) | {"round": this.number} for one, _ in mine[False]]
     before = previous(this) if rows else []
-    write_json_lines(this.folder / "held.jsonl", [row(one) for one in mine[True]])
+    write_json_lines(this.folder / "held.jsonl", [row(one) for one, _ in mine[True]])
     write_json_lines(this.folder / "pairs.jsonl", [*rows, *before])
     lengths = [one.tokens for case in found for one in case.candidates]
     facts = {
@@ -208,7 +208,7 @@ def pair(this: "Round", **_: Any) -> None:
         "tie_share": made.counts["ties"] / len(found) if this.way.judge else None,
         "sampled_length": sum(lengths) / len(lengths),
         "sampled_ended": sum(one.finished for case in found for one in case.candidates) / len(lengths),
-        **formats(this, mine[False]),
+        **formats(this, [group for _, group in mine[False]]),
         **(this.way.extra(this, found, made) if this.way.extra else {}),
     }
     write_json(this.folder / "pairs.json", facts)
@@ -217,19 +217,27 @@ def pair(this: "Round", **_: Any) -> None:
         seal(this, {})
 
 
-def whole(this: "Round", made):
-    """The pairs that training sees as they were sampled: --max-length cuts neither their prompt nor a side, which
-    would lose its end token."""
+def tokenized(this: "Round", pairs: Sequence) -> list:
+    """The pairs as training sees them."""
     from palate.data.tokens import tokenize_pair
+    from palate.recipes.verbs import max_length
+
+    limit = max_length(this.config, this.loaded.model)
+    return [tokenize_pair(one, this.loaded.tokenizer, max_length=limit) for one in pairs]
+
+
+def whole(this: "Round", made) -> tuple[Any, list]:
+    """The pairs that training sees as they were sampled, and how it sees them: --max-length cuts neither their prompt
+    nor a side, which would lose its end token."""
     from palate.recipes.verbs import max_length
     from palate.sampling.pairing import Pairing
 
-    tokenizer, limit = this.loaded.tokenizer, max_length(this.config, this.loaded.model)
-    seen = [(one, tokenize_pair(one, tokenizer, max_length=limit)) for one in made.pairs]
-    kept = [one for one, group in seen if not any(group.cut) and not group.prompt_cut]
+    seen = zip(made.pairs, tokenized(this, made.pairs), strict=True)
+    kept = [(one, group) for one, group in seen if not any(group.cut) and not group.prompt_cut]
     if cut := len(made.pairs) - len(kept):
-        this.tell(f"{cut} pairs are left out: --max-length {limit} would cut them")
-    return Pairing(tuple(kept), made.counts | {"too long": cut})
+        this.tell(f"{cut} pairs are left out: --max-length {max_length(this.config, this.loaded.model)} would cut them")
+    pairs = tuple(one for one, _ in kept)
+    return Pairing(pairs, made.counts | {"too long": cut}), [group for _, group in kept]
 
 
 def previous(this: "Round") -> list[dict[str, Any]]:
@@ -242,15 +250,11 @@ def previous(this: "Round") -> list[dict[str, Any]]:
     return [row for row in rows if row["round"] == this.number - 1]
 
 
-def formats(this: "Round", pairs: Sequence) -> dict[str, Any]:
-    """How well format alone tells chosen from rejected completions, as training sees them."""
-    from palate.data.tokens import tokenize_pair
+def formats(this: "Round", groups: Sequence) -> dict[str, Any]:
+    """How well format alone tells chosen from rejected completions. groups: the pairs as training sees them."""
     from palate.evaluation.formats import seen, told_apart
-    from palate.recipes.verbs import max_length
 
-    tokenizer, limit = this.loaded.tokenizer, max_length(this.config, this.loaded.model)
-    groups = [tokenize_pair(one, tokenizer, max_length=limit) for one in pairs]
-    told = told_apart([seen(group, tokenizer) for group in groups])
+    told = told_apart([seen(group, this.loaded.tokenizer) for group in groups])
     share = told.accuracy if told.accuracy.count else None
     return {
         "format_accuracy": share and share.value,
@@ -357,7 +361,7 @@ def seal(this: "Round", facts: dict[str, Any]) -> None:
     remove_halves(this.folder)
     row = dict.fromkeys(("pairs", "unparsed", "ties", *LATER)) | {"compared_by": this.config.compared_by}
     row |= read_json(this.folder / "pairs.json") | facts
-    row["alarms"] = alarms(row, chain.rows(this.out)[0] if this.number > 1 else None)
+    row["alarms"] = alarms(row, chain.row_of(this.out, 1) if this.number > 1 else None)
     chain.seal(this.out, this.number, Chunks.there(this.folder / "samples").facts["model"], row)
 
 
