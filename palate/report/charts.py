@@ -88,7 +88,8 @@ def draw(chart: Chart) -> str:
                 axes.margins(y=0.15)
                 low, high = axes.get_ylim()
                 axes.set_ylim(min(low, high - 0.1), max(high, low + 0.1))  # ten points at least: no noise is blown up
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=chart.x in ("step", "round"), steps=[1, 2, 5, 10]))
+        whole = chart.x in ("step", "round")  # of a single one, one tick: there are no steps between steps
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=whole, min_n_ticks=1 if whole else 2, steps=[1, 2, 5, 10]))
         if not (chart.share and chart.whole):
             axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10] if chart.share else [1, 2, 2.5, 5, 10]))
         axes.set_xlabel(chart.x, color=soft, labelpad=5)

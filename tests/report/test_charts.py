@@ -33,6 +33,14 @@ def test_axes_are_named_and_text_is_text():
     assert "100%" in re.findall(r"<text[^>]*>([^<]+)</text>", shares)
 
 
+def test_steps_are_counted_in_whole_numbers_also_where_there_is_one():
+    svg = draw(Chart("kl", "KL", "nats", (Curve("held out", [(1, 0.12)], "s1", dots=True),), x="round"))
+    ticks = re.findall(
+        r"<text[^>]*>([^<]+)</text>", svg[svg.index("matplotlib.axis_1") : svg.index("matplotlib.axis_2")]
+    )
+    assert ticks == ["1", "round"]
+
+
 def test_colours_are_the_pages():
     svg = draw(Chart("c", "C", "y", (Curve("a", [(1, 1.0)], "s1", band=[(1, 0.5, 1.5)]), Curve("b", [(1, 2.0)], "s2"))))
     assert not re.findall(r"#[0-9a-f]{6}", svg)
