@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from palate import __version__
-from palate.errors import Interrupted, MachineError, PalateError, UsageError
+from palate.errors import Interrupted, MachineError, PalateError, UsageError, visible
 from palate.files import json_line
 
 
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = 
     elif code == 0 or "summary" in result:
         lines = result.get("summary") or [f"{k:<12} {v}" for k, v in result.items() if isinstance(v, str | int | float)]
         if lines:
-            _print((lines if isinstance(lines, str) else "\n".join(lines)).translate(_CONTROLS))
+            _print(visible(lines if isinstance(lines, str) else "\n".join(lines)))
     return code
 
 
@@ -138,14 +138,10 @@ def entry() -> None:
     sys.exit(main())
 
 
-# What data says must not steer a terminal: escape sequences are shown, not sent.
-_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-
-
 def say(text: str = "") -> None:
     """A message for the person at the terminal: one line on stderr; a reader who went away stops nothing."""
     with contextlib.suppress(BrokenPipeError, ValueError):
-        print(text.translate(_CONTROLS), file=sys.stderr, flush=True)
+        print(visible(text), file=sys.stderr, flush=True)
 
 
 def _print(text: str) -> None:

@@ -81,3 +81,15 @@ class Interrupted(PalateError):
     """Stopped by a signal after saving; `--resume` goes on from there (exit 6)."""
 
     exit_code = 6
+
+
+class AwaitsVotes(Interrupted):
+    """Stopped until people have voted; `--resume` goes on with what they said (exit 6)."""
+
+
+def visible(text: str) -> str:
+    """The text with its control characters shown, not sent: what data says must not steer a terminal."""
+    return text.translate(_CONTROLS)
+
+
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}

@@ -8,13 +8,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from palate.errors import DataError, PalateError
+from palate.errors import DataError, PalateError, visible
 from palate.recipes.generate import load_policy
 from palate.recipes.verbs import check_model_options, stderr
 
 _HELP = "/reset forgets the conversation, /exit leaves"
 # What a model says must not steer a terminal.
-_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 class _ChatConfig(BaseModel):
@@ -188,14 +187,14 @@ def lines() -> Iterator[str]:
         sys.stdin.reconfigure(errors="replace")
     for line in sys.stdin:
         if text := line.strip():
-            print(f"you    {text.translate(_CONTROLS)}", flush=True)
+            print(f"you    {visible(text)}", flush=True)
             yield text
 
 
 def plain(said: dict[str, str]) -> None:
     """The replies one after the other, each under its label."""
     for label, text in said.items():
-        first, *rest = text.translate(_CONTROLS).strip("\n").split("\n")
+        first, *rest = visible(text).strip("\n").split("\n")
         print("\n".join([f"{label:<6} {first}", *(f"       {line}" for line in rest)]), flush=True)
 
 
@@ -211,7 +210,7 @@ def columns(console=None) -> Callable[[dict[str, str]], None]:
         grid = Table(expand=True, show_edge=False, pad_edge=False)
         for label in said:
             grid.add_column(label, ratio=1, overflow="fold")
-        grid.add_row(*(Text(text.translate(_CONTROLS).strip("\n")) for text in said.values()))
+        grid.add_row(*(Text(visible(text).strip("\n")) for text in said.values()))
         console.print(grid)
 
     return show

@@ -3,14 +3,14 @@
 import re
 from datetime import datetime
 
-# Control characters as a terminal shows them too: what data says is seen, never obeyed.
-_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+from palate.errors import visible
+
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def clean(text: str) -> str:
     """The text with escapes for control characters and U+FFFD for half surrogate pairs, which no file can hold."""
-    return _SURROGATES.sub("\ufffd", text.replace("\r\n", "\n").translate(_CONTROLS))
+    return _SURROGATES.sub("\ufffd", visible(text.replace("\r\n", "\n")))
 
 
 def cut(text: str, most: int = 1200) -> tuple[str, int]:
