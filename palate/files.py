@@ -126,7 +126,12 @@ def write_json_lines(path: str | os.PathLike, rows: Iterable[Any]) -> None:
 
 def append_json(path: str | os.PathLike, content: Any) -> None:
     """Adds `content` as one line of strict JSON. Where that fails (MachineError), no half line is left behind."""
-    path, data = Path(path), _json_bytes(content)
+    append_bytes(path, _json_bytes(content))
+
+
+def append_bytes(path: str | os.PathLike, data: bytes) -> None:
+    """Adds `data` to the end of a file, which is made where it is not there; where that fails, nothing of it."""
+    path = Path(path)
     with machine_errors(path):
         fd = operations.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         try:

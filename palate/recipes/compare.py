@@ -4,15 +4,16 @@ A contestant is a model, which then completes the prompts, or a file of completi
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from palate.errors import DataError, NotBetterError, UsageError
+from palate.errors import AwaitsVotes, CheckpointError, DataError, NotBetterError, UsageError
+from palate.files import json_line
 from palate.recipes.generate import SamplingConfig, as_rows, check_prompts, draw, encoded, load_policy, plain_prompt
 from palate.recipes.verbs import ReadConfig, Say, aligned, check_model_options, stderr
 
@@ -24,11 +25,13 @@ class CompareConfig(SamplingConfig, ReadConfig):
     judge: Annotated[
         str,
         Field(
-            description="rule, random, implicit:RUN, a reward model's folder, policy:MODEL, module:function in Python"
+            description="rule, random, implicit:RUN, a reward model's folder, policy:MODEL, people:VOTES.jsonl, "
+            "module:function in Python"
         ),
     ]
     out: Annotated[str | None, Field(description="New folder for comparison.json and the completions")] = None
     allow_self_judge: Annotated[bool, Field(description="Let a model judge itself: implicit:RUN, policy:MODEL")] = False
+    resume: Annotated[bool, Field(description="Go on with the completions in --out, where they wait for votes")] = False
     require_better: Annotated[bool, Field(description="Exit 4 unless the first is shown better than the second")] = (
         False
     )
@@ -38,7 +41,17 @@ class CompareConfig(SamplingConfig, ReadConfig):
         if len(self.contestants) < 2:
             what = f"compare needs two contestants or more, not {len(self.contestants)}"
             raise UsageError(what, code="E300", next="palate compare A B --data PROMPTS --judge rule")
+        if self.out is None and self.resume:
+            raise UsageError("--resume needs --out", code="E313", next="name the folder whose completions wait")
+        if self.out is None and self.judge.startswith("people:") and self.models:
+            what = "needs --out, where completions wait for votes"
+            raise UsageError(what, where="judge", code="E313", next="add --out FOLDER")
         return self
+
+    @property
+    def models(self) -> list[str]:
+        """The contestants that complete the prompts themselves, each once."""
+        return [name for name in dict.fromkeys(self.contestants) if not is_file(name)]
 
 
 def run(config: CompareConfig, *, verb: str = "compare", argv=(), say=stderr, panel=None) -> dict[str, Any]:
@@ -46,57 +59,49 @@ def run(config: CompareConfig, *, verb: str = "compare", argv=(), say=stderr, pa
 
     Every sample of a prompt is used: the first of one side against the first of the other, and so on, the shorter
     side's again from its beginning. Raises what the files, models and the judge raise, DataError (E236) where a file
-    has no completion of a prompt, and NotBetterError under --require-better.
+    has no completion of a prompt, AwaitsVotes once the completions are kept in --out, and NotBetterError under
+    --require-better.
     """
     from palate.data.sources import read_prompts
     from palate.evaluation.winrate import comparison, match, sentence
-    from palate.run import check_out
     from palate.sampling.judge import open_judge
 
-    models = [name for name in dict.fromkeys(config.contestants) if not is_file(name)]
-    check_model_options(config, *(models or ["new:"]))
-    refuse_self_judge(config, models)
-    if config.out is not None:
-        try:
-            check_out(Path(config.out))
-        except UsageError as error:
-            error.next = "take a new --out"  # nothing here can be resumed
-            raise
+    check_model_options(config, *(config.models or ["new:"]))
+    refuse_self_judge(config, config.models)
+    check_folder(config)
     records = read_prompts(config.data, columns=config.columns or None, format=config.format, bad_rows=config.bad_rows)
     distinct = list({record.prompt: record for record in reversed(records)}.values())[::-1]
     if len(distinct) < len(records):
         say(f"data: {len(records)} prompts, {len(distinct)} of them different")
-    files = {name: read_completions(name) for name in dict.fromkeys(config.contestants) if name not in models}
-    for name, made in files.items():
-        check_complete(name, made, distinct, say)
     judge = open_judge(config.judge, device=config.device, seed=config.seed)
     if config.judge == "rule":
         check_prompts(judge, distinct)
-    made, drift = dict(files), Drift(config.contestants[0], config.contestants[1], config.temperature)
-    for name in models:
-        made[name] = completed(config, name, distinct, say, drift)
-    made = {name: made[name] for name in dict.fromkeys(config.contestants)}
+    made, kl = kept(config, records) if config.resume else complete(config, distinct, say)
     distinct = [record for record in distinct if all(record.prompt in table for table in made.values())]
     if not distinct:
         raise DataError(f"no prompt of {config.data} is left", code="E104", next="look at the messages above")
 
     score_all(judge, distinct, made)
     say_unscored(distinct, made, say)
-    matches, cases = [], []
-    for a, b in combinations(config.contestants, 2):
-        pairs = paired(distinct, made[a], made[b])
-        prompts = [at for at, _, _ in pairs]
-        matches.append(match(a, b, config.judge, outcomes(judge, distinct, pairs), prompts=prompts, seed=config.seed))
-        cases.append(pairs)
+    cases = [(a, b, paired(distinct, made[a], made[b])) for a, b in combinations(config.contestants, 2)]
+    try:  # all at once, for people may judge
+        judged = iter(outcomes(judge, distinct, [pair for *_, pairs in cases for pair in pairs]))
+    except AwaitsVotes as error:
+        error.next, error.result = keep(config, records, distinct, made, kl), {"out": config.out}
+        raise
+    matches = []
+    for a, b, pairs in cases:
+        prompts, told = [at for at, _, _ in pairs], list(islice(judged, len(pairs)))
+        matches.append(match(a, b, config.judge, told, prompts=prompts, seed=config.seed))
     first, after, before = matches[0], made[config.contestants[0]], made[config.contestants[1]]
     facts: dict[str, Any] = {
         "length": means(distinct, before, after, "tokens"),
         "reward": means(distinct, before, after, "score"),
-        "kl": drift.kl,
+        "kl": kl,
     }
     several = {"matches": [asdict(one) for one in matches]} if len(matches) > 1 else {}
     if config.out is not None:
-        examples = [example(distinct[at].prompt, two, one) for at, one, two in cases[0]]
+        examples = [example(distinct[at].prompt, two, one) for at, one, two in cases[0][2]]
         write(Path(config.out), comparison(first, examples, **facts) | several, distinct, made)
     result = asdict(first) | several | {"prompts": len(distinct), "out": config.out} | facts
     result["summary"] = [sentence(first), "", *table(matches)]
@@ -131,6 +136,17 @@ def refuse_self_judge(config: CompareConfig, models: Sequence[str]) -> None:
         if Path(name).expanduser().resolve().is_relative_to(judging):
             what = f"{config.judge} would judge its own model, {name}"
             raise UsageError(what, where="judge", code="E308", next="take another judge, or add --allow-self-judge")
+
+
+def complete(config: CompareConfig, records: Sequence, say: Say) -> tuple[dict[str, dict], float | None]:
+    """(contestant -> prompt -> its completions, KL of the first two); files are read before a model is loaded."""
+    made = {name: read_completions(name) for name in dict.fromkeys(config.contestants) if name not in config.models}
+    for name, table in made.items():
+        check_complete(name, table, records, say)
+    drift = Drift(config.contestants[0], config.contestants[1], config.temperature)
+    for name in config.models:
+        made[name] = completed(config, name, records, say, drift)
+    return {name: made[name] for name in dict.fromkeys(config.contestants)}, drift.kl
 
 
 def read_completions(name: str) -> dict[Any, list[dict[str, Any]]]:
@@ -331,15 +347,92 @@ def table(matches: Sequence) -> list[str]:
 
 def write(out: Path, record: dict[str, Any], records: Sequence, made: dict[str, dict]) -> None:
     """comparison.json and, per contestant, the completions that were judged, each with its score."""
-    from palate.files import make_folder, write_json, write_json_lines
+    from palate.files import remove_file, write_json
+
+    write_completions(out, records, made)
+    write_json(out / "comparison.json", record)
+    if (out / WAITING).exists():
+        remove_file(out / WAITING)
+
+
+def write_completions(out: Path, records: Sequence, made: dict[str, dict]) -> None:
+    """A file for each contestant."""
+    from palate.files import make_folder, write_json_lines
 
     make_folder(out)
-    for number, (name, table_) in enumerate(made.items(), 1):
-        short = re.sub(r"[^\w.-]+", "-", Path(name).name.removesuffix(".jsonl")).strip("-.") or "completions"
+    for path, table_ in zip(files_of(out, made), made.values(), strict=True):
         rows = [
             {"prompt": plain_prompt(r.prompt), "sample": k} | row
             for r in records
             for k, row in enumerate(table_[r.prompt])
         ]
-        write_json_lines(out / f"{number}-{short[:80]}.jsonl", rows)
-    write_json(out / "comparison.json", record)
+        write_json_lines(path, rows)
+
+
+def files_of(out: Path, names: Iterable[str]) -> list[Path]:
+    """Where the completions of each contestant lie."""
+    found = []
+    for number, name in enumerate(names, 1):
+        short = re.sub(r"[^\w.-]+", "-", Path(name).name.removesuffix(".jsonl")).strip("-.") or "completions"
+        found.append(out / f"{number}-{short[:80]}.jsonl")
+    return found
+
+
+# --- waiting for votes -----------------------------------------------------------------------------------------------
+
+WAITING = "waiting.json"  # beside the completions that people are to judge: what they were made of
+
+
+def check_folder(config: CompareConfig) -> None:
+    """Nothing, where --out is new, or with --resume holds completions that wait; else UsageError (E313)."""
+    from palate.run import check_out
+
+    if config.out is None:
+        return
+    waits = (Path(config.out) / WAITING).exists()
+    if config.resume and not waits:
+        what = "holds no completions that wait for votes"
+        raise UsageError(what, where=config.out, code="E313", next="drop --resume, or name another folder")
+    if not config.resume:
+        try:
+            check_out(Path(config.out))
+        except UsageError as error:
+            error.next = "take a new --out, or add --resume" if waits else "take a new --out"
+            raise
+
+
+def keep(config: CompareConfig, records, judged: Sequence, made: dict[str, dict], kl: float | None) -> str:
+    """Writes the completions into --out, and what they were made of; what to do once there are votes."""
+    from palate.files import write_json
+
+    if config.out is None:
+        return "vote, then the same command again"
+    if not config.resume:
+        out = Path(config.out)
+        write_completions(out, judged, made)
+        write_json(out / WAITING, {"config": made_of(config), "sources": records.sources, "kl": kl})
+    return "vote, then the same command with --resume"
+
+
+def kept(config: CompareConfig, records) -> tuple[dict[str, dict], float | None]:
+    """What `complete` gave when it was kept. Raises CheckpointError (E502) where data or options are not as then."""
+    from palate.files import read_json, strict_json
+    from palate.run import read_lines
+
+    out = Path(config.out or "")
+    was, now = read_json(out / WAITING), {"config": made_of(config), "sources": strict_json(records.sources)}
+    differing = [name for name in now["config"] if was["config"].get(name) != now["config"][name]]
+    if differing or was["sources"] != now["sources"]:
+        what = f"its completions were made with other {', '.join(differing or ['prompts'])}"
+        raise CheckpointError(what, where=str(out), code="E502", next="put these back, or take a new --out")
+    prompts = {json_line(plain_prompt(record.prompt)): record.prompt for record in records}
+    made: dict[str, dict] = {}
+    for name, path in zip(names := dict.fromkeys(config.contestants), files_of(out, names), strict=True):
+        for row in read_lines(path):
+            made.setdefault(name, {}).setdefault(prompts[json_line(row["prompt"])], []).append(row)
+    return made, was["kl"]
+
+
+def made_of(config: CompareConfig) -> dict[str, Any]:
+    """The options that completions and judge depend on."""
+    return config.model_dump(mode="json", exclude={"out", "resume", "require_better"})

@@ -6,6 +6,7 @@ is kept there too.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,8 +119,9 @@ def matches(this: "Round", judge, records: Sequence, tables: dict, sides: Sequen
     own, begun, last = sides
     names = {begun: "the start", last: f"round {this.number - 1}" if this.number > 1 else "the start"}
     pairs = {at: paired(records, tables[own], tables[at]) for at in names}
+    judged = iter(outcomes(judge, records, [pair for at in names for pair in pairs[at]]))  # at once: people may judge
     found = {
-        at: match(f"round {this.number}", names[at], judge.name, outcomes(judge, records, pairs[at]), seed=0)
+        at: match(f"round {this.number}", names[at], judge.name, list(islice(judged, len(pairs[at]))), seed=0)
         for at in names
     }
     examples = [example(records[at].prompt, two, one) for at, one, two in pairs[begun]]

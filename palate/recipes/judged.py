@@ -21,7 +21,7 @@ class JudgedConfig(RoundsConfig):
     judge: Annotated[
         str,
         Field(description="Who judges: policy (the round's start), policy:MODEL, rule, random, implicit:RUN, a reward "
-              "model's folder, module:function"),
+              "model's folder, people:VOTES.jsonl, module:function"),
     ] = POLICY  # fmt: skip
     candidates: Annotated[int, Field(ge=2, description="Samples of each prompt, of which the best and worst pair")] = 4
     judgements: Annotated[int, Field(gt=0, description="How often a policy judges each sample; the mean counts")] = 3

@@ -21,7 +21,7 @@ from palate.errors import UsageError
 from palate.recipes import chain, stages
 from palate.recipes.contest import against_start, opened
 from palate.recipes.plan import plan_lines, refuse_plan
-from palate.recipes.rounds import Band, OwnSamplesConfig, Round, Way, by
+from palate.recipes.rounds import Band, OwnSamplesConfig, Round, Way, all_done, by
 from palate.recipes.training import Ending, OwnBatches, open_folder, prepare, save_policy, train
 from palate.recipes.verbs import max_length, number, stderr
 
@@ -33,7 +33,10 @@ class OnlineConfig(OwnSamplesConfig):
 
     judge: Annotated[
         str,
-        Field(description="Labels: rule, random, a reward model's folder, implicit:RUN, policy:MODEL, module:function"),
+        Field(
+            description="Labels: rule, random, implicit:RUN, a reward model's folder, policy:MODEL, "
+            "people:VOTES.jsonl, module:function"
+        ),
     ]
     candidates: Annotated[int, Field(ge=2, description="Samples of each prompt; the best is held to the worst")] = 2
     length_control: Band = None
@@ -337,7 +340,7 @@ def finish(config: OnlineConfig, parts: Parts, run, model, tokenizer, held) -> d
         if "eval/count" in line and line["step"] in round_of:
             names = ("win_rate", "win_low", "win_high", "length", "kl", "ended")
             later[round_of[line["step"]]] = {name: line.get(f"eval/{name}") for name in names}
-    ended = parts.over or f"all {run.record['plan']['steps']} rounds are done"
+    ended = parts.over or all_done(run.record["plan"]["steps"])
     table = chain.write_table(run.path, later, judge=config.compared_by, ended=ended)
     rows = table["rounds"]
     counts: dict[str, Any] = {"rounds": len(rows), "pairs": sum(row["pairs"] for row in rows)}

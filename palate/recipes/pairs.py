@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from palate.errors import UsageError
+from palate.errors import AwaitsVotes, UsageError
 from palate.recipes import stages
 from palate.recipes.rounds import Band, Case, Round, Way, by, made_by_one, share_of
 from palate.recipes.training import refuse_other_data, resolved
@@ -27,7 +27,10 @@ class PairsConfig(ReadConfig):
     model: Annotated[str | None, Field(description="Whose samples --judge puts in order")] = None
     judge: Annotated[
         str | None,
-        Field(description="rule, random, implicit:RUN, a reward model's folder, policy:MODEL, module:function"),
+        Field(
+            description="rule, random, implicit:RUN, a reward model's folder, policy:MODEL, people:VOTES.jsonl, "
+            "module:function"
+        ),
     ] = None
     candidates: Annotated[int, Field(ge=2, description="Samples of each prompt; the best is held to the worst")] = 4
     length_control: Band = None
@@ -112,16 +115,20 @@ def run(config: PairsConfig, *, verb: str = "pairs", argv=(), say=stderr, panel=
         facts = {"config": resolved(config), "argv": list(argv), "resume": again and work.is_dir(), "parents": parents}
         return Run.create(work, verb=verb, **facts)
 
-    if config.part is not None:  # one of several processes: none of them owns the folder
-        made_by_one(work, begin)
-        write_down(work, records)
-        found = drawn(config, judge, work, records, say)
-        return shared(config, work, done=found is not None)
-    with begin() as run:
-        write_down(work, records)
-        found = drawn(config, judge, work, records, say)
-        result = written(config, records, found)
-        run.finish(result)
+    try:
+        if config.part is not None:  # one of several processes: none of them owns the folder
+            made_by_one(work, begin)
+            write_down(work, records)
+            found = drawn(config, judge, work, records, say)
+            return shared(config, work, done=found is not None)
+        with begin() as run:
+            write_down(work, records)
+            found = drawn(config, judge, work, records, say)
+            result = written(config, records, found)
+            run.finish(result)
+    except AwaitsVotes as error:
+        error.next, error.result = go_on(config, work, config.part), {"out": config.out}
+        raise
     for alarm in result["alarms"]:
         say(f"alarm: {alarm}")
     return result
@@ -221,6 +228,14 @@ def written(config: PairsConfig, records, found) -> dict[str, Any]:
 
 def shared(config: PairsConfig, work: Path, *, done: bool) -> dict[str, Any]:
     """What a part comes to, which writes no file."""
-    after = f"palate pairs -c {work / 'config.yaml'} --out {config.out} --resume"
-    text = f"all parts are done; next: {after}" if done else "done as far as it can be; others have chunks left"
+    text = (
+        f"all parts are done; next: {go_on(config, work)}"
+        if done
+        else "done as far as it can be; others have chunks left"
+    )
     return {"out": config.out, "part": config.part, "done": done, "summary": [f"part {config.part}: {text}"]}
+
+
+def go_on(config: PairsConfig, work: Path, part: str | None = None) -> str:
+    """The command that does what is left, or what is left of a part."""
+    return f"palate pairs -c {work / 'config.yaml'} --out {config.out} " + (f"--part {part}" if part else "--resume")

@@ -283,7 +283,8 @@ def run(config: RoundsConfig, way: Way, *, verb: str, argv=(), say: Say = stderr
         result = _begun(this, verb, list(argv), panel)
     except (Interrupted, KeyboardInterrupt) as error:
         go_on = f"palate {verb} -c {out / 'config.yaml'} --resume --out {out}"
-        interrupted = Interrupted(str(getattr(error, "what", "interrupted")), next=go_on)
+        known = {name: getattr(error, name, None) for name in ("where", "code")}
+        interrupted = Interrupted(str(getattr(error, "what", "interrupted")), next=go_on, **known)
         interrupted.result = {"out": str(out)}
         raise interrupted from error
     except PalateError as error:
@@ -408,7 +409,12 @@ def end_of(config: RoundsConfig, rows: Sequence[Row]) -> str | None:
         )
     if last is not None and last["verdict"] == "worse":
         return f"round {last['round']} is shown worse than the model it began from"
-    return f"all {config.rounds} rounds are done" if len(rows) >= config.rounds else None
+    return all_done(config.rounds) if len(rows) >= config.rounds else None
+
+
+def all_done(rounds: int) -> str:
+    """That no round is left."""
+    return f"all {rounds} rounds are done" if rounds > 1 else "the one round is done"
 
 
 def best_of(rows: Sequence[Row]) -> int:

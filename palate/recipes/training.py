@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from palate.errors import CheckpointError, Interrupted, NotBetterError, PalateError, UsageError
+from palate.errors import AwaitsVotes, CheckpointError, Interrupted, NotBetterError, PalateError, UsageError
 from palate.recipes.plan import Foreseen, PlanConfig, auto_rate, check_disk, forget_peak, memory_plan, peak_memory
 from palate.recipes.retain import Retention, retention_lines
 from palate.recipes.rows import Rows, read_rows, strings_of
@@ -340,6 +340,7 @@ def train(
     from palate.run import Run
     from palate.track import tracking
 
+    go_on = f"palate {verb} -c {out / 'config.yaml'} --resume --out {out}"
     if not config.resume:
         check_disk(config, prepared.loaded.model, out)
     try:
@@ -368,11 +369,12 @@ def train(
             raise error
         return result
     except KeyboardInterrupt as error:
-        go_on = f"palate {verb} -c {out / 'config.yaml'} --resume --out {out}"
         interrupted = Interrupted("interrupted before a step could be saved", next=go_on)
         interrupted.result = {"out": str(out)}
         raise interrupted from error
     except PalateError as error:
+        if isinstance(error, AwaitsVotes):
+            error.next = go_on
         error.result = {"out": str(out)} | (getattr(error, "result", None) or {})
         raise
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from palate.errors import CheckpointError
+from palate.errors import AwaitsVotes, CheckpointError
 from palate.files import make_folder, read_json, remove_file, write_json, write_json_lines
 from palate.run import read_lines
 
@@ -56,7 +56,8 @@ class Chunks:
     ) -> None:
         """Makes every chunk of the part that is missing. work: (first item, item after the last) -> its rows.
 
-        tell: called with (items done, items to do). Raises CheckpointError (E502) where the folder holds other work.
+        tell: called with (items done, items to do). Raises CheckpointError (E502) where the folder holds other work;
+        AwaitsVotes, once all other chunks are there, where people have not voted on some.
         """
         plan = {"count": self.count, "size": self.size, **self.facts}
         file = self.folder / "plan.json"
@@ -68,15 +69,21 @@ class Chunks:
             hint = "put these back, or take a new --out"
             raise CheckpointError(what, where=str(self.folder), code="E502", next=hint)
         todo = [(number * self.size, min(self.count, (number + 1) * self.size)) for number in self.missing(part)]
-        done, whole = 0, sum(stop - start for start, stop in todo)
+        done, whole, waits = 0, sum(stop - start for start, stop in todo), None
         for start, stop in todo:
             path = self.path(start // self.size)
             for half in self.folder.glob(f".{path.name}.*.tmp"):  # of a process that was killed at it
                 remove_file(half)
-            write_json_lines(path, work(start, stop))
+            try:
+                write_json_lines(path, work(start, stop))
+            except AwaitsVotes as error:  # the ballots of the other chunks shall be there at once, too
+                waits = error
+                continue
             done += stop - start
             if tell is not None:
                 tell(done, whole)
+        if waits is not None:
+            raise waits
 
     def rows(self) -> list[Row]:
         """The rows of all chunks, in order. Raises CheckpointError (E501) where some are not there."""

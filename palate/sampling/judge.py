@@ -1,8 +1,8 @@
 """Judges: which of two completions is better, or how good one is. One interface for comparing, pairing and rewarding.
 
 A name becomes a judge: `rule` (the built-in world's truth), `random` (the null control), `implicit:RUN`, a reward
-model's folder, `policy:MODEL` (a language model that is asked), `module:function`, `enumerable:SEED` (the reward that
-SEED draws in the world that can be listed).
+model's folder, `policy:MODEL` (a language model that is asked), `people:VOTES.jsonl` (who vote in that file),
+`module:function`, `enumerable:SEED` (the reward that SEED draws in the world that can be listed).
 """
 
 import hashlib
@@ -25,7 +25,9 @@ from palate.data.records import Demonstration, Message, Text, plain
 from palate.data.tokens import TokenGroup, encode_prompt, end_tokens, tokenize
 from palate.errors import DataError, ModelError, NotThereError, PalateError, UsageError
 
-NAMES = ("rule", "random", "implicit:RUN", "a reward model's folder", "policy:MODEL", "module:function")
+NAMES = (
+    "rule", "random", "implicit:RUN", "a reward model's folder", "policy:MODEL", "people:VOTES.jsonl", "module:function"
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +154,10 @@ def open_judge(name: str, *, device: str = "cpu", seed: int = 0) -> Judge:
         return Judge(name, score=_listed(name.removeprefix("enumerable:")))
     if name.startswith("implicit:"):
         return implicit(name.removeprefix("implicit:"), device=device)
+    if name.startswith("people:"):
+        from palate.sampling.votes import people
+
+        return people(name.removeprefix("people:"))
     if name.startswith("policy:"):
         return asked_model(name.removeprefix("policy:"), device=device, seed=seed)
     if Path(name).expanduser().is_dir():
@@ -160,7 +166,7 @@ def open_judge(name: str, *, device: str = "cpu", seed: int = 0) -> Judge:
     if colon and all(part.isidentifier() for part in (*module.split("."), function)):
         return from_callable(_imported(module, function), name)
     known = {"rule": "rule", "random": "random", "implicit": "implicit:RUN", "policy": "policy:MODEL"}
-    known |= {"enumerable": "enumerable:SEED"}
+    known |= {"enumerable": "enumerable:SEED", "people": "people:VOTES.jsonl"}
     if os.sep in name or name.startswith(("~", ".")):
         raise NotThereError("no such folder", where=name, code="E101", next="name a reward model's folder")
     near = get_close_matches(name.partition(":")[0], known, n=1)

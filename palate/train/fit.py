@@ -11,7 +11,7 @@ from typing import Any
 
 from palate.data.stream import StepBatch
 from palate.distributed import Ranks
-from palate.errors import Interrupted
+from palate.errors import AwaitsVotes, Interrupted
 from palate.run import Run
 from palate.train import checkpoint
 from palate.train.loop import TrainState, steps
@@ -55,6 +55,7 @@ def fit(
     if stop is not None and stop <= state.step:
         return
     with _signals() as asked:
+        batches = _saved_while_waiting(batches, lambda: ranks.once(partial(_save, state, run, keep, meta)), state)
         for step in steps(state, batches, objective, ranks, inspect=inspect):
             ranks.once(partial(_log, run, step.as_dict(), show))
             if step.number % every:
@@ -75,6 +76,16 @@ def fit(
                 )
             if step.number == stop:
                 return
+
+
+def _saved_while_waiting(batches: Iterable[StepBatch], save: Callable[[], None], state: TrainState) -> Iterator:
+    """The batches; where the next one waits for people, the steps until then are saved."""
+    try:
+        yield from batches
+    except AwaitsVotes:
+        if state.step:
+            save()
+        raise
 
 
 def _improves(value: float | None, best: dict[str, Any] | None, better: str) -> bool:
