@@ -86,10 +86,15 @@ class RankedBatch:
 
 @dataclass(frozen=True, eq=False)
 class FeedbackBatch:
-    """B single judgements. label: (B,) bool. mismatched: the same prompts with another row's completion."""
+    """B single judgements. label: (B,) bool; wanted, unwanted: indices of those that are True, and False.
+
+    mismatched: the same prompts with another row's completion.
+    """
 
     batch: TokenBatch
     label: Tensor
+    wanted: Tensor
+    unwanted: Tensor
     mismatched: TokenBatch
     reference: Tensor | None = None
     reference_mismatched: Tensor | None = None
@@ -293,10 +298,12 @@ def collate_rankings(groups: Sequence[TokenGroup]) -> RankedBatch:
 
 def collate_feedback(groups: Sequence[TokenGroup]) -> FeedbackBatch:
     """Labelled completions, and beside them the mismatched ones that KTO's reference point is estimated on."""
-    reference = _reference(groups)
+    reference, label = _reference(groups), torch.tensor([bool(group.label) for group in groups])
     return FeedbackBatch(
         batch=collate([_only(group, 0) for group in groups]),
-        label=torch.tensor([bool(group.label) for group in groups]),
+        label=label,
+        wanted=label.nonzero()[:, 0],
+        unwanted=(~label).nonzero()[:, 0],
         mismatched=collate([_only(group, 1) for group in groups]),
         reference=None if reference is None else reference[0::2],
         reference_mismatched=None if reference is None else reference[1::2],

@@ -411,7 +411,8 @@ def _train(
         }
     )
     if "plan" not in run.record:
-        needs = None if own is not None else memory_plan(config, prepared)
+        # a rehearsal takes a second or two, which rounds and sweeps of short runs would pay again and again
+        needs = memory_plan(config, prepared) if own is None and config.report else None
         foreseen: dict[str, Any] = {"peak_bytes": needs.peak} if isinstance(needs, Foreseen) else {}
         if own is None and all(group.label is None for group in rows.train):  # KTO runs other prompts' completions too
             lengths = [stream_length(group) for group in rows.train]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from palate.data.batch import float64_device
 from palate.data.stream import StepBatch
@@ -119,11 +119,12 @@ def steps(
         norms = {}
         for name, weights in trained.items():
             ranks.sum_gradients(weights)
-            norms[name] = float(nn.utils.clip_grad_norm_(weights, state.optim.clip_norm))
+            norms[name] = nn.utils.clip_grad_norm_(weights, state.optim.clip_norm)
+        loss, metrics, norms, finite = _reduce(outcomes, norms, ranks)
+        sound = finite and all(map(math.isfinite, (loss, *norms.values())))
         norm = norms.pop("policy")
-        loss, metrics, finite = _reduce(outcomes, ranks)
         metrics |= {f"grad_norm/{name}": value for name, value in norms.items()}
-        if not (finite and all(map(math.isfinite, (loss, norm, *norms.values())))):
+        if not sound:
             for optimizer in optimizers:
                 optimizer.zero_grad()
             raise _not_finite(number, outcomes, loss, norm)
@@ -141,33 +142,35 @@ def steps(
         yield Step(number, loss, norm, rate, tokens, seconds, metrics | batch.metrics, batch.rows)
 
 
-def _reduce(outcomes: list[Outcome], ranks: Ranks) -> tuple[float, dict[str, float], bool]:
-    """The whole step's loss and metrics, and whether all its rows are finite: summed over micro-batches and ranks."""
+def _reduce(
+    outcomes: list[Outcome], norms: dict[str, Tensor], ranks: Ranks
+) -> tuple[float, dict[str, float], dict[str, float], bool]:
+    """The whole step's loss and metrics, summed over micro-batches and ranks, the norms, and whether all its rows are
+    finite: read from the device in one go, as each read alone would wait for it again."""
     loss, metrics, finite = Tally(), {}, True
     for outcome in outcomes:
         loss = loss + Tally(outcome.loss.total.detach(), outcome.loss.count)
         finite = finite & torch.isfinite(outcome.row_losses).all()
         for name, tally in outcome.metrics.items():
             metrics[name] = metrics.get(name, Tally()) + tally
-    found, total, sound = _read([tally.total for tally in metrics.values()], loss.total, finite)
-    totals = {name: (value, tally.count) for (name, tally), value in zip(metrics.items(), found, strict=True)}
-    shares = ranks.gather((totals, (total, loss.count), bool(sound)))
+    found = iter(_read([*(tally.total for tally in metrics.values()), *norms.values(), loss.total, finite]))
+    totals = {name: (next(found), tally.count) for name, tally in metrics.items()}
+    norms = {name: next(found) for name in norms}
+    shares = ranks.gather((totals, (next(found), loss.count), bool(next(found))))
     metrics = {}
     for share, _, _ in shares:
         for name, tally in share.items():
             metrics[name] = metrics.get(name, Tally()) + Tally(*tally)
     loss = sum((Tally(*share) for _, share, _ in shares), Tally())
-    return loss.mean, means(metrics), all(share for _, _, share in shares)
+    return loss.mean, means(metrics), norms, all(share for _, _, share in shares)
 
 
-def _read(totals: list, loss, finite) -> tuple[list[float], float, float]:
-    """The numbers of a step, read from its device in one go: each read alone would wait for the device again."""
-    numbers = [*totals, loss, finite]
-    on_device = [x for x in numbers if isinstance(x, torch.Tensor)]
+def _read(numbers: list) -> list[float]:
+    """Scalars on the device, or none, as numbers."""
+    on_device = [number for number in numbers if isinstance(number, Tensor)]
     device = float64_device(on_device[0].device) if on_device else None
     read = iter(torch.stack([x.detach().to(device).double() for x in on_device]).tolist() if on_device else ())
-    *found, total, sound = (next(read) if isinstance(x, torch.Tensor) else float(x) for x in numbers)
-    return found, total, sound
+    return [next(read) if isinstance(number, Tensor) else float(number) for number in numbers]
 
 
 def _not_finite(number: int, outcomes: list[Outcome], loss: float, norm: float) -> NotFiniteError:

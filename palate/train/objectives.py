@@ -42,6 +42,8 @@ class Outcome:
     scored tokens. start_losses: per unit, the loss if the policy were the reference, where there is one.
     margins: (P,) of pairs of rewards, in the order of the batch. hits: of shares, by their metric's name, whether each
     pair counts: (P,) bool, in the order of `sources`.
+    origins: where each completion was read. units: (U,) the completion that each of `row_losses` stands for; None where
+    that is their order.
     """
 
     loss: Tally
@@ -52,7 +54,13 @@ class Outcome:
     start_losses: Tensor | None = None
     margins: Tensor | None = None
     hits: dict[str, Tensor] = field(default_factory=dict)
-    sources: tuple[Any, ...] = ()
+    origins: tuple[Any, ...] = ()
+    units: Tensor | None = None
+
+    @property
+    def sources(self) -> tuple[Any, ...]:
+        """Where each of `row_losses` was read. Waits for the device, so a step asks only to name bad rows."""
+        return self.origins if self.units is None else tuple(self.origins[i] for i in self.units.tolist())
 
 
 class Objective(Protocol):
@@ -139,7 +147,8 @@ class Pairwise(_Loss):
             log_ratio=None if reference is None else ratio,
             length=scored.length,
             start_losses=self._start(columns),
-            sources=tuple(batch.batch.sources[i] for i in better.tolist()),
+            origins=batch.batch.sources,
+            units=better,
         )
 
 
@@ -170,7 +179,8 @@ class Ranked(_Loss):
             log_ratio=None if reference is None else ratio,
             length=scored.length,
             start_losses=torch.cat([self._start(lists) for lists in columns]) if self.reference else None,
-            sources=tuple(batch.batch.sources[i] for i in best.tolist()),
+            origins=batch.batch.sources,
+            units=best,
         )
 
 
@@ -188,11 +198,13 @@ class SingleFeedback(_Loss):
         if any(column is None for column in columns):
             raise ValueError(f'loss "{self.name}" needs reference log-probs: pass the groups through annotate() first')
         empty = torch.zeros(0, dtype=torch.float64)
-        share = (torch.cat(policy).cpu(), torch.cat(columns).cpu()) if micro else (empty, empty)
-        shares = ranks.gather(share)
-        whole = tuple(torch.cat(part) for part in zip(*shares, strict=True))
-        finite = torch.isfinite(whole[0] - whole[1]).all()
-        return whole if finite else (whole[0] * torch.nan, whole[1])  # a clamp or sigmoid must not hide it
+        share = (torch.cat(policy), torch.cat(columns)) if micro else (empty, empty)
+        if ranks.data_size > 1:  # what crosses processes goes through the CPU
+            shares = ranks.gather(tuple(part.cpu() for part in share))
+            share = tuple(torch.cat(part) for part in zip(*shares, strict=True))
+        mismatched, reference = share
+        finite = torch.isfinite(mismatched - reference).all()
+        return torch.where(finite, mismatched, torch.nan), reference  # a clamp or sigmoid must not hide it
 
     def __call__(self, model, batch: FeedbackBatch, context=None) -> Outcome:
         """Summed loss over judgements; rewards of the wanted and of the unwanted completions."""
@@ -211,17 +223,17 @@ class SingleFeedback(_Loss):
         total = scored.total.detach()
         ratio = total if reference is None else total - reference
         rewards = self._rewards(total, reference, scored.length)
-        wanted, kl = batch.label, columns.baseline
+        kl, wanted, unwanted = columns.baseline.detach(), batch.wanted, batch.unwanted
         metrics = {
             "rewards/chosen": _tally(rewards[wanted]),
-            "rewards/rejected": _tally(rewards[~wanted]),
-            "rewards/accuracies": _tally((ratio > kl) == wanted),  # on its side of the reference point
+            "rewards/rejected": _tally(rewards[unwanted]),
+            "rewards/accuracies": _tally((ratio > kl) == batch.label),  # on its side of the reference point
             "logps/chosen": _tally(total[wanted]),
-            "logps/rejected": _tally(total[~wanted]),
+            "logps/rejected": _tally(total[unwanted]),
             "length/chosen": _tally(scored.length[wanted]),
-            "length/rejected": _tally(scored.length[~wanted]),
+            "length/rejected": _tally(scored.length[unwanted]),
             "displaced": _tally(ratio[wanted] < 0),
-            "kl": Tally(float(kl), 1),
+            "kl": Tally(kl, 1),
         }
         return Outcome(
             loss=Tally(values.sum(), batch.units),
@@ -230,7 +242,7 @@ class SingleFeedback(_Loss):
             log_ratio=None if reference is None else ratio,
             length=scored.length,
             start_losses=self._start(columns),
-            sources=batch.batch.sources,
+            origins=batch.batch.sources,
         )
 
 
@@ -249,7 +261,7 @@ class Imitation(_Loss):
             loss=Tally(values.sum(), batch.units),
             metrics={"logps/chosen": _tally(scored.total.detach()), "length/chosen": _tally(scored.length)},
             row_losses=detached,
-            sources=batch.sources,
+            origins=batch.sources,
         )
 
 
@@ -284,7 +296,8 @@ class Rewards(_Loss):
             row_losses=_marked(values, chosen, rejected),
             margins=margin,
             hits={"rewards/accuracies": margin > 0},
-            sources=tuple(batch.batch.sources[i] for i in batch.chosen.tolist()),
+            origins=batch.batch.sources,
+            units=batch.chosen,
         )
 
 
@@ -342,7 +355,8 @@ class ClippedPolicy:
             row_losses=_marked(each, logps.detach()),
             log_ratio=change,
             length=torch.ones_like(change),
-            sources=tuple(batch.batch.sources[i] for i in batch.batch.sequence.tolist()),
+            origins=batch.batch.sources,
+            units=batch.batch.sequence,
         )
 
 

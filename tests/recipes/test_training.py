@@ -239,7 +239,7 @@ def test_a_plan_says_memory_by_part_and_time_from_three_timed_micro_batches(pala
     assert "3 timed micro-batches" in plan
     lora = palate.ok("dpo", model=tiny, data=data, dry_run=True, lora_rank=2, **options)["memory"]
     assert lora["gradients"] < memory["gradients"] / 3
-    run = palate.ok("dpo", model=tiny, data=data, out="run", **options)
+    run = palate.ok("dpo", model=tiny, data=data, out="run", report=True, **options)
     assert json.loads(Path("run/run.json").read_text())["plan"]["peak_bytes"] > memory["activations"]
     assert run["steps"] == SMALL["steps"]
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from models import build, lifted
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_cases import NAMES, pair_of_models, ready, rows_for, whole_batch
 
 from palate.data.stream import stream
@@ -15,6 +16,7 @@ from palate.errors import NotFiniteError, UsageError
 from palate.model.adapters import add_lora
 from palate.model.fingerprint import base_fingerprint, fingerprint
 from palate.reference import annotate
+from palate.scoring import support
 from palate.train.loop import TrainState, steps
 from palate.train.objectives import objective, pairwise
 from palate.train.optim import OptimConfig, build_optimizer, learning_rate
@@ -416,6 +418,48 @@ def test_the_loop_is_lazy_and_a_callback_is_a_line_of_the_body():
         if step.number == 2:
             break
     assert state.step == 2
+
+
+class Reads(TorchDispatchMode):
+    """Counts what would wait for a device: numbers that are read, and shapes that depend on numbers."""
+
+    waiting = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.count = 0
+        for name in ("tolist", "numpy", "cpu"):
+            monkeypatch.setattr(torch.Tensor, name, self.counted(getattr(torch.Tensor, name)))
+
+    def counted(self, read):
+        def counting(tensor, *args, **kwargs):
+            self.count += 1
+            return read(tensor, *args, **kwargs)
+
+        return counting
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        chosen = args[1] if func is torch.ops.aten.index.Tensor else ()
+        masked = any(index is not None and index.dtype == torch.bool for index in chosen)
+        self.count += masked or func in self.waiting
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_waits_for_its_device_once(name, monkeypatch):
+    """Each read lets a GPU run dry; all that a step says of itself comes over in one."""
+    policy, reference = pair_of_models()
+    assert support(policy).path == "shared"  # what a model is asked once, at its loading
+    groups = ready(name, rows_for(name, 8), reference)
+    state = TrainState.fresh(policy, OptimConfig(lr=1e-3, warmup_steps=0))
+    given = list(batches(name, groups))
+    assert max(len(batch.micro) for batch in given) > 1
+    taken = 0
+    with Reads(monkeypatch) as reads:
+        for _ in steps(state, given, objective(name)):
+            taken += 1
+            assert reads.count == taken
+    assert taken == len(given) > 1
 
 
 def test_inspect_sees_the_step_before_its_update():
