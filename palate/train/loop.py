@@ -155,14 +155,14 @@ def _reduce(
             metrics[name] = metrics.get(name, Tally()) + tally
     found = iter(_read([*(tally.total for tally in metrics.values()), *norms.values(), loss.total, finite]))
     totals = {name: (next(found), tally.count) for name, tally in metrics.items()}
-    norms = {name: next(found) for name in norms}
+    read_norms = {name: next(found) for name in norms}
     shares = ranks.gather((totals, (next(found), loss.count), bool(next(found))))
     metrics = {}
     for share, _, _ in shares:
         for name, tally in share.items():
             metrics[name] = metrics.get(name, Tally()) + Tally(*tally)
     loss = sum((Tally(*share) for _, share, _ in shares), Tally())
-    return loss.mean, means(metrics), norms, all(share for _, _, share in shares)
+    return loss.mean, means(metrics), read_norms, all(share for _, _, share in shares)
 
 
 def _read(numbers: list) -> list[float]:
