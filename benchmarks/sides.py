@@ -3,20 +3,29 @@
 import copy
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 from workload import BATCH, BETA, BETAS, CLIP, EPS, RATE, Cell, Row
 
+# what a step of ours can do without
+SHARED, PACKED, SCORED, KEPT = "shared prompt", "packing", "head on completions", "kept reference"
+
 
 class Ours:
-    """palate: collation, forward, backward, clipping, update. The reference is scored before the first step."""
+    """palate: collation, forward, backward, clipping, update. The reference is scored before the first step.
 
-    def __init__(self, cell: Cell, rows: list[Row], model):
-        from palate.data.batch import stream_length
+    without: of SHARED (a prompt stands before each of its completions), PACKED (a pair a micro-batch), SCORED (the head
+    runs on every position) and KEPT (the reference, a copy of the first weights, is run in every step).
+    """
+
+    def __init__(self, cell: Cell, rows: list[Row], model, *, without: Collection[str] = ()):
+        import torch
+
         from palate.data.stream import StepBatch, pack
         from palate.reference import annotate
-        from palate.scoring import Numerics
+        from palate.scoring import Numerics, logps
         from palate.train.loop import TrainState, steps
         from palate.train.objectives import pairwise
         from palate.train.optim import OptimConfig
@@ -27,7 +36,9 @@ class Ours:
         objective = pairwise("dpo", numerics, beta=BETA)
         groups = groups_of(rows)
         started = time.perf_counter()
-        groups = annotate(groups, model, numerics=numerics, tokens=cell.tokens)
+        first_model = copy.deepcopy(model) if KEPT in without else None
+        if first_model is None:
+            groups = annotate(groups, model, numerics=numerics, tokens=cell.tokens)
         self.reference_seconds = time.perf_counter() - started
         self.seconds, self.losses, self.norms, self.data_seconds = [], [], [], []
 
@@ -35,8 +46,15 @@ class Ours:
             for first in range(0, len(groups), BATCH):
                 started = time.perf_counter()
                 mine = groups[first : first + BATCH]
-                parts = pack([stream_length(group) for group in mine], cell.tokens)
-                micro = tuple(objective.collate([mine[i] for i in part]) for part in parts)
+                lengths = [row_length(group, without) for group in mine]
+                parts = [[i] for i in range(len(mine))] if PACKED in without else pack(lengths, cell.tokens)
+                micro = tuple(batch_of([mine[i] for i in part], without) for part in parts)
+                if first_model is not None:
+                    with torch.no_grad():
+                        micro = tuple(
+                            replace(part, reference=logps(first_model, part.batch, numerics=numerics).total)
+                            for part in micro
+                        )
                 self.data_seconds.append(time.perf_counter() - started)
                 yield StepBatch(micro, BATCH, tuple(range(first, first + BATCH)), {"step": first // BATCH})
 
@@ -81,6 +99,47 @@ def groups_of(rows: Sequence[Row]) -> list:
         TokenGroup(prompt, (chosen, rejected), (((0, len(chosen)),), ((0, len(rejected)),)), ((0, 1),))
         for prompt, chosen, rejected in rows
     ]
+
+
+def row_length(group, without: Collection[str] = ()) -> int:
+    """Stream tokens of a pair."""
+    from palate.data.batch import stream_length
+
+    again = (len(group.completions) - 1) * len(group.prompt)
+    return stream_length(group) + (again if SHARED in without else 0)
+
+
+def batch_of(groups: list, without: Collection[str] = ()):
+    """The pairs as palate collates them, or without its savings; losses and gradients are the same."""
+    import torch
+
+    from palate.data.batch import PairBatch, collate, collate_pairs
+
+    batch = collate_pairs(groups)
+    if SHARED in without:
+        alone = [
+            replace(group, completions=(ids,), spans=(spans,), preferences=(), reference=None)
+            for group in groups
+            for ids, spans in zip(group.completions, group.spans, strict=True)
+        ]
+        batch = PairBatch(collate(alone), batch.chosen, batch.rejected, batch.reference)
+    if SCORED in without:  # the other positions are one more completion, which no pair names
+        stream = batch.batch
+        free = torch.ones(len(stream.tokens), dtype=torch.bool)
+        free[stream.predictors] = False
+        others = free.nonzero()[:, 0]
+        stream = replace(
+            stream,
+            predictors=torch.cat((stream.predictors, others)),
+            targets=torch.cat((stream.targets, stream.tokens[others])),
+            sequence=torch.cat((stream.sequence, torch.full_like(others, len(stream.length)))),
+            length=torch.cat((stream.length, torch.tensor([len(others)]))),
+        )
+        reference = batch.reference
+        if reference is not None:
+            reference = torch.cat((reference, reference.new_zeros(1)))
+        batch = replace(batch, batch=stream, reference=reference)
+    return batch
 
 
 class Reference:

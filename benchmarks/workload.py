@@ -72,6 +72,15 @@ def build(cell: Cell, ours: bool):
     return add_lora(model, cell.lora) if cell.lora else model
 
 
+def small_model(tokenizer: Path, folder: Path) -> Path:
+    """The folder, which now holds SMALL and the tokenizer of another folder."""
+    from transformers import AutoTokenizer
+
+    build(Cell(SMALL, "tldr", "float32", "", "", 1), ours=False).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    return folder
+
+
 def rows_of(cell: Cell, vocabulary: int) -> list[Row]:
     """4 short pairs to warm up on, then 4 a step; a side that runs alone gets the largest of these steps."""
     draw = np.random.default_rng([7, [*PROFILES, REAL].index(cell.profile)])
