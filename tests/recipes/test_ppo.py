@@ -131,7 +131,8 @@ def test_killed_within_a_rollout_and_resumed_it_ends_in_the_same_bits(
     assert one == two
 
 
-KILLED = {"separate": {"target_kl": 0.5}, "trunk": {"critic": "trunk"}, "none": MODES["rloo"] | {"target_kl": 0.5}}
+KILLED = {"separate": {"target_kl": 0.5}, "trunk": {"critic": "trunk"}, "rloo": MODES["rloo"] | {"target_kl": 0.5}}
+KILLED |= {mode: MODES[mode] for mode in ("grpo", "lora", "bfloat16")}
 
 
 @pytest.mark.slow
@@ -156,7 +157,9 @@ def test_killed_for_real_and_resumed(mode, tiny, tmp_path, rewarded):
     straight, resumed = tmp_path / "straight", tmp_path / "run"
     assert metrics(straight) == metrics(resumed)
     last = sorted((straight / "checkpoints").glob("step-*"))[-1].relative_to(straight)
-    for name in ("model/model.safetensors", last / "model.safetensors", last / "optimizer.safetensors"):
+    assert (straight / "adapter").is_dir() == ("lora_rank" in options)
+    adapter = ["adapter/adapter_model.safetensors"] if "lora_rank" in options else []
+    for name in ("model/model.safetensors", last / "model.safetensors", last / "optimizer.safetensors", *adapter):
         assert (straight / name).read_bytes() == (resumed / name).read_bytes(), name
     cursors = [json.loads((run / last / "state.json").read_text())["cursor"] for run in (straight, resumed)]
     assert cursors[0] == cursors[1] and (cursors[0]["kl_coef"] != 0.05) == ("target_kl" in KILLED[mode])
