@@ -248,6 +248,88 @@ def test_held_out_loss_approaches_the_entropy_of_a_known_chain(tmp_path, command
     assert min(curve) > floor - 0.005
 
 
+def second_order():
+    """A chain over four letters whose next depends on the last two: p(next | before, last); 4 is begin and end."""
+    draw = np.random.default_rng(7)
+    scores = np.array([1.2, 0.2, -0.4, -1.0]) + draw.normal(size=(5, 4)) + 2.5 * draw.normal(size=(5, 5, 4))
+    letters = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    law = np.concatenate([0.94 * letters, np.full((5, 5, 1), 0.06)], axis=-1)
+    law[4, 4] = [*letters[4, 4], 0]  # no text is empty
+    return law
+
+
+def shares(law):
+    """(5, 5, 5): which share of all tokens is each (before, last, next), from the expected visits of each state."""
+    moves = np.zeros((5, 5, 5, 5))
+    for last in range(5):
+        moves[:, last, last, :4] = law[:, last, :4]
+    begin = np.eye(25)[24]
+    visits = np.linalg.solve(np.eye(25) - moves.reshape(25, 25).T, begin).reshape(5, 5, 1)
+    found = visits * law
+    return found / found.sum()
+
+
+def sampled(law, count, seed):
+    """Texts of the chain, as the numbers of their tokens, the end included."""
+    draw, found = np.random.default_rng(seed), []
+    while len(found) < count:
+        text = [4, 4]
+        while len(text) < 112 and (len(text) == 2 or text[-1] != 4):
+            text.append(int(draw.choice(5, p=law[text[-2], text[-1]])))
+        if text[-1] == 4:
+            found.append(text[2:])
+    return found
+
+
+PLATEAUS = {  # which law: shape, options, how far from it in nats a token and in the mean of log-probs
+    "unigram": (
+        {"rms_norm_eps": 0.01},
+        dict(steps=84, lr=2e-3, train__schedule="constant", train__warmup_steps=10),
+        0.03,
+        0.1,
+    ),
+    "bigram": ({"num_hidden_layers": 0}, dict(steps=100, lr=1e-2), 0.01, 0.1),
+    "chain": ({}, dict(steps=140, lr=1e-2), 0.06, 0.2),
+}
+
+
+@pytest.mark.parametrize("name", PLATEAUS)
+def test_a_plateau_has_its_known_height(name, tmp_path, command):
+    """METHODS oracle 20, of a chain that looks two letters back. Weights that begin from near nothing first learn the
+    law of single letters, and stay there; a model without a layer sees one letter and ends at the law of pairs; a
+    whole one passes both and approaches the chain. None beats its law, and each says what it says, token by token.
+    """
+    law = second_order()
+    joint = shares(law)
+    laws = {"unigram": joint.sum((0, 1)), "bigram": joint.sum(0), "chain": joint}
+    train = sampled(law, 3000, 0)
+    held = [text for text in sampled(law, 300, 1) if text not in train]
+    data, other = (
+        texts(tmp_path / file, ["".join("abcd"[k] for k in text[:-1]) for text in rows])
+        for file, rows in (("a.jsonl", train), ("b.jsonl", held))
+    )
+    triples = [t for text in held for t in zip([4, 4, *text], [4, *text], text, strict=False)]
+    before, last, after = np.array(triples).T
+    seen = {"unigram": (after,), "bigram": (last, after), "chain": (before, last, after)}
+    logs = {key: np.log(laws[key][at] / laws[key].sum(-1)[at[:-1]]) for key, at in seen.items()}
+    heights = {key: -found.mean() for key, found in logs.items()}
+    assert heights["unigram"] - 0.15 > heights["bigram"] > heights["chain"] + 0.3
+
+    shape, options, near, apart = PLATEAUS[name]
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE | shape))
+    options |= {"model": f"new:{tmp_path / 'config.json'}", "data": data, "eval": other, "batch": 32, "max_length": 112}
+    command.ok("pretrain", out=tmp_path / "r", eval_every=12, samples=0, **options)
+    curve = [line["eval/loss"] for line in metrics(tmp_path / "r") if "eval/loss" in line]
+    assert all(-0.005 < loss - heights[name] < near for loss in curve[-2:]), (heights, curve)
+    assert min(curve) > heights[name] - 0.005
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "r/model").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "r/model")
+    rows = [Demonstration("", "".join("abcd"[k] for k in text[:-1])) for text in held]
+    said = [logp for row in rows for group in tokenize_text(row, tokenizer) for logp in truth(model, group, 0)]
+    distance = {key: np.abs(np.array(said) - found).mean() for key, found in logs.items()}
+    assert distance.pop(name) < min(apart, *distance.values()), distance
+
+
 # real text
 
 
