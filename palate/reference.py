@@ -7,59 +7,69 @@ resumed, so that it ends in the same bits.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from itertools import groupby
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from palate.data.batch import collate, scored_length, stream_length
-from palate.data.stream import pack
+from palate.data.batch import collate, scored_length
+from palate.data.stream import cuts
+from palate.data.table import Lengths, TokenTable, distinct, row_keys
 from palate.data.tokens import TokenGroup
 from palate.errors import CheckpointError
-from palate.files import load_tensors, read_json, save_tensors, tensor_metadata, write_json
+from palate.files import load_tensors, read_json, save_tensors, tensor_metadata
 from palate.model.adapters import is_adapted, reference_mode
 from palate.model.fingerprint import base_fingerprint
 from palate.scoring import Numerics, Precision, evaluation_mode, logps
-from palate.store import ScoreStore, row_key
+from palate.store import ScoreStore
 
 MICRO_BATCHES_PER_PART = 16  # a part is what a kill can cost
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ReferenceColumn:
     """Reference log-probs of some groups, and where they came from.
 
-    totals: per group one sum per completion, nats, float64. scored, reused: distinct completions computed or found.
+    values: (C,) float64, nats, of every completion of every group, in order. first: (G + 1,) int64, where each group's
+    begin in it. scored, reused: distinct completions computed or found.
     tags: the numerics that the values were made under; where they are not the policy's own, margins at the start are
-    tiny instead of zero. identity: of weights, forward-relevant config and precision. keys: (completions, 2) uint64,
-    of the groups' contents in order.
+    tiny instead of zero. identity: of weights, forward-relevant config and precision. keys: (C, 2) uint64, of content.
     """
 
-    totals: tuple[tuple[float, ...], ...]
+    values: np.ndarray
+    first: np.ndarray
     scored: int
     reused: int
     tags: tuple[str, ...]
     identity: str
-    keys: np.ndarray = field(compare=False, repr=False)
+    keys: np.ndarray
+
+    @property
+    def totals(self) -> tuple[tuple[float, ...], ...]:
+        """The values group by group; made on each call."""
+        return tuple(tuple(self.values[a:b].tolist()) for a, b in pairwise(self.first))
 
     def write(self, path: Path) -> None:
         """Pins the column in a file, under its groups' content keys."""
         facts = {"scored": self.scored, "reused": self.reused, "tags": list(self.tags), "identity": self.identity}
-        values = np.array([value for group in self.totals for value in group], dtype=np.float64)
-        _save(path, {"keys": self.keys, "logps": values}, facts)
+        _save(path, {"keys": self.keys, "logps": self.values}, facts)
 
     @classmethod
-    def read(cls, path: Path, groups: Sequence[TokenGroup]) -> "ReferenceColumn | None":
-        """The pinned column; None where there is none. Raises CheckpointError where it belongs to other rows."""
+    def read(cls, path: Path, groups: Sequence[TokenGroup], keys: np.ndarray | None = None) -> "ReferenceColumn | None":
+        """The pinned column; None where there is none. Raises CheckpointError where it belongs to other rows.
+
+        keys: of `row_keys(groups)`, where they are known.
+        """
         if not path.exists():
             return None
         tensors, facts = _load(path)
-        keys = _keys(groups)
+        keys = row_keys(groups) if keys is None else keys
         if not np.array_equal(tensors["keys"], keys):
             raise CheckpointError(
                 "the pinned reference column belongs to other rows or another tokenizer",
@@ -67,9 +77,8 @@ class ReferenceColumn:
                 code="E502",
                 next="resume with the same data and model, or take a new --out",
             )
-        values = iter(tensors["logps"].tolist())
-        totals = tuple(tuple(next(values) for _ in group.completions) for group in groups)
-        return cls(totals, facts["scored"], facts["reused"], tuple(facts["tags"]), facts["identity"], keys)
+        first, tags = Lengths.of(groups).first, tuple(facts["tags"])
+        return cls(tensors["logps"], first, facts["scored"], facts["reused"], tags, facts["identity"], keys)
 
 
 def annotate(
@@ -79,14 +88,16 @@ def annotate(
     numerics: Numerics | None = None,
     tokens: int = 2048,
     store: ScoreStore | None = None,
-) -> list[TokenGroup]:
+) -> Sequence[TokenGroup]:
     """The groups with their `reference` filled in. A LoRA model scores with its adapters off."""
     column = reference_column(groups, reference, numerics=numerics, tokens=tokens, store=store)
     return with_reference(groups, column)
 
 
-def with_reference(groups: Sequence[TokenGroup], column: ReferenceColumn) -> list[TokenGroup]:
-    """The groups with a column's values filled in."""
+def with_reference(groups: Sequence[TokenGroup], column: ReferenceColumn) -> Sequence[TokenGroup]:
+    """The groups with a column's values filled in: a list, or where they are a table the annotated table."""
+    if isinstance(groups, TokenTable):
+        return groups.with_reference(column.values)
     return [replace(group, reference=totals) for group, totals in zip(groups, column.totals, strict=True)]
 
 
@@ -104,41 +115,43 @@ def reference_column(
     store: ScoreStore | None = None,
     folder: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    keys: np.ndarray | None = None,
 ) -> ReferenceColumn:
     """Scores every distinct completion that neither `store` nor an earlier part of this pass knows.
 
     tokens: stream tokens per micro-batch. folder: where the plan and the finished parts lie until the caller has
-    pinned the column. progress: called with (completions done, completions to score).
-    Raises CheckpointError where `folder` holds the plan of another pass.
+    pinned the column. progress: called with (completions done, completions to score). keys: of `row_keys(groups)`,
+    where they are known. Raises CheckpointError where `folder` holds the plan of another pass.
     """
     numerics = numerics or Numerics.of(reference, tokens=tokens)
     identity, tag = reference_identity(reference, numerics.precision), numerics.tag(reference)
-    index, rows, columns = _distinct(groups)
-    keys = np.frombuffer(b"".join(index), dtype=np.uint64).reshape(-1, 2)
-    facts = {"identity": identity, "tag": tag, "tokens": tokens, "keys": hashlib.sha256(keys.tobytes()).hexdigest()}
-    plan = _plan(groups, rows, keys, facts, store, folder)
-    values = np.full(len(rows), np.nan)
-    values[plan["found"]] = plan["logps"]
-    todo, done = sum(len(micro) for part in plan["parts"] for micro in part), 0
-    for number, part in enumerate(plan["parts"]):
-        wanted = [row for micro in part for row in micro]
-        path = None if folder is None else folder / f"part-{number:05d}.safetensors"
+    keys, lengths = row_keys(groups) if keys is None else keys, Lengths.of(groups)
+    places, number = distinct(keys)
+    own = keys if len(places) == len(keys) else keys[places]
+    facts = {"identity": identity, "tag": tag, "tokens": tokens, "keys": hashlib.sha256(own.tobytes()).hexdigest()}
+    plan = _plan(lengths, places, own, facts, store, folder)
+    values = np.full(len(places), np.nan)
+    values[plan.found] = plan.logps
+    missing = np.flatnonzero(plan.missing(len(places)))
+    for part, start in enumerate(range(0, len(plan.cuts) - 1, plan.per_part)):
+        cut = plan.cuts[start : start + plan.per_part + 1]
+        wanted = missing[cut[0] : cut[-1]]
+        path = None if folder is None else folder / f"part-{part:05d}.safetensors"
+        micros = [lengths.within(places[missing[a:b]]) for a, b in pairwise(cut)]
         if path is not None and path.exists():
             values[wanted] = _load(path)[0]["logps"]
         else:
-            values[wanted] = _score(groups, rows, part, reference, numerics)
+            values[wanted] = _score(groups, micros, reference, numerics)
             if path is not None:
-                _save(path, {"logps": values[wanted]}, {"part": number})
+                _save(path, {"logps": values[wanted]}, {"part": part})
         if store is not None:
-            lengths = np.array([scored_length(groups[g], k) for g, k in (rows[row] for row in wanted)], dtype=np.int64)
-            store.put(keys[wanted], values[wanted], lengths, tag)
-        done += len(wanted)
+            scored = [scored_length(groups[g], k) for micro in micros for g, k in micro]
+            store.put(own[wanted], values[wanted], np.array(scored, dtype=np.int64), tag)
         if progress is not None:
-            progress(done, todo)
-    totals = tuple(tuple(float(values[row]) for row in group_rows) for group_rows in columns)
-    tags = tuple(sorted({*plan["tags"], *([tag] if todo else [])}))
-    every = keys[[row for group_rows in columns for row in group_rows]]
-    return ReferenceColumn(totals, todo, len(rows) - todo, tags, identity, every)
+            progress(int(cut[-1]), len(missing))
+    tags = tuple(sorted({*plan.tags, *([tag] if len(missing) else [])}))
+    reused = len(places) - len(missing)
+    return ReferenceColumn(values[number], lengths.first, len(missing), reused, tags, identity, keys)
 
 
 def _save(path: Path, arrays: dict[str, np.ndarray], facts: dict) -> None:
@@ -167,38 +180,58 @@ def _digest(arrays: dict[str, np.ndarray], facts: str) -> str:
     return digest.hexdigest()
 
 
-def content_digest(groups: Sequence[TokenGroup]) -> str:
-    """SHA-256 of every token id and span of the groups, in order; another tokenizer, template or row changes it."""
-    return hashlib.sha256(_keys(groups).tobytes()).hexdigest()
+def content_digest(keys: np.ndarray) -> str:
+    """SHA-256 that stands for every token id and span of the groups with these keys, in order."""
+    return hashlib.sha256(keys.tobytes()).hexdigest()
 
 
-def _keys(groups: Sequence[TokenGroup]) -> np.ndarray:
-    """(completions, 2) uint64 content keys, in order, repeats included."""
-    keys = [row_key(g.prompt, ids, spans) for g in groups for ids, spans in zip(g.completions, g.spans, strict=True)]
-    return np.frombuffer(b"".join(keys), dtype=np.uint64).reshape(-1, 2)
+@dataclass(frozen=True)
+class _Plan:
+    """found: (F,) distinct completions that were known, logps: (F,) their values, tags: of these.
+
+    cuts: (M + 1,) where each micro-batch begins among those that were not; per_part: how many make a part.
+    """
+
+    found: np.ndarray
+    logps: np.ndarray
+    cuts: np.ndarray
+    tags: list[str]
+    per_part: int
+
+    def missing(self, count: int) -> np.ndarray:
+        """(count,) bool: what is to be scored."""
+        absent = np.ones(count, dtype=bool)
+        absent[self.found] = False
+        return absent
+
+    def write(self, folder: Path, facts: dict[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays = {"found": self.found, "logps": self.logps, "cuts": self.cuts}
+        _save(folder / "plan.safetensors", arrays, facts | {"tags": self.tags, "per_part": self.per_part})
+
+    @classmethod
+    def read(cls, folder: Path) -> "tuple[_Plan, dict[str, Any]] | None":
+        """The plan that a pass was begun with here, and its facts; None where there is none."""
+        if (folder / "plan.safetensors").exists():
+            arrays, facts = _load(folder / "plan.safetensors")
+            return cls(arrays["found"], arrays["logps"], arrays["cuts"], facts["tags"], facts["per_part"]), facts
+        if not (folder / "plan.json").exists():
+            return None
+        old = read_json(folder / "plan.json")  # as palate wrote it when the plan was one JSON file
+        sizes = [len(micro) for part in old["parts"] for micro in part]
+        cuts = np.cumsum([0, *sizes])
+        found, logps = np.array(old["found"], np.int64), np.array(old["logps"], np.float64)
+        return cls(found, logps, cuts, old["tags"], len(old["parts"][0]) if old["parts"] else 1), old
 
 
-def _distinct(groups: Sequence[TokenGroup]) -> tuple[list[bytes], list[tuple[int, int]], list[list[int]]]:
-    """Distinct keys; for each the (group, completion) where it stands first; and per group its completions' numbers."""
-    numbers: dict[bytes, int] = {}
-    rows, columns = [], []
-    for g, group in enumerate(groups):
-        columns.append([])
-        for k, ids in enumerate(group.completions):
-            key = row_key(group.prompt, ids, group.spans[k])
-            if key not in numbers:
-                numbers[key] = len(numbers)
-                rows.append((g, k))
-            columns[-1].append(numbers[key])
-    return list(numbers), rows, columns
-
-
-def _plan(groups, rows, keys, facts: dict, store: ScoreStore | None, folder: Path | None) -> dict:
+def _plan(
+    lengths: Lengths, places: np.ndarray, keys: np.ndarray, facts: dict, store: ScoreStore | None, folder: Path | None
+) -> _Plan:
     """What is known already, and the micro-batches that score the rest; written before anything is scored."""
-    path = None if folder is None else folder / "plan.json"
-    if path is not None and path.exists():
-        plan = read_json(path)
-        if differing := [name for name, value in facts.items() if plan.get(name) != value]:
+    begun = None if folder is None else _Plan.read(folder)
+    if begun is not None:
+        plan, before = begun
+        if differing := [name for name, value in facts.items() if before.get(name) != value]:
             raise CheckpointError(
                 f"a reference pass with other {', '.join(differing)} was begun here",
                 where=str(folder),
@@ -206,42 +239,37 @@ def _plan(groups, rows, keys, facts: dict, store: ScoreStore | None, folder: Pat
                 next="resume on the same machine with the same data and settings, or take a new --out",
             )
         return plan
-    found, known, tags = np.zeros(len(rows), dtype=bool), np.zeros(len(rows)), set()
-    if store is not None and len(rows):
+    found, known, tags = np.zeros(len(places), dtype=bool), np.empty(len(places)), set()
+    if store is not None and len(places):
         found, known, _, tags = store.lookup(keys, facts["tag"])
-    missing = [row for row in range(len(rows)) if not found[row]]
-    parts = [list(part) for _, part in groupby(missing, key=lambda row: rows[row][0])]
-    cut = pack([stream_length(_only(groups, rows, part)) for part in parts], facts["tokens"])
-    micro = [[row for i in indices for row in parts[i]] for indices in cut]
-    plan = facts | {
-        "found": np.flatnonzero(found).tolist(),
-        "logps": [float(value) for value in known[found]],
-        "tags": sorted(tags),
-        "parts": [micro[i : i + MICRO_BATCHES_PER_PART] for i in range(0, len(micro), MICRO_BATCHES_PER_PART)],
-    }
-    if path is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, plan)
+    missing = places[~found]
+    group = lengths.group(missing)
+    heads = np.flatnonzero(np.diff(group, prepend=-1))  # a group's completions stay together
+    tokens = lengths.prompt[group[heads]]
+    if len(heads):
+        tokens = tokens + np.add.reduceat(np.maximum(lengths.completion[missing] - 1, 0), heads)
+    starts = [*heads[cuts(tokens.tolist(), facts["tokens"])], len(missing)]
+    per_part = MICRO_BATCHES_PER_PART
+    plan = _Plan(np.flatnonzero(found), known[found], np.array(starts, np.int64), sorted(tags), per_part)
+    if folder is not None:
+        plan.write(folder, facts)
     return plan
 
 
-def _score(groups, rows, part: list[list[int]], reference: nn.Module, numerics: Numerics) -> np.ndarray:
+def _score(groups, micros: list[list[tuple[int, int]]], reference: nn.Module, numerics: Numerics) -> np.ndarray:
+    """Log-probs (nats) of the completions of these micro-batches, each named by its group and its number there."""
     values = []
     adapters_off = reference_mode(reference) if is_adapted(reference) else nullcontext()
     with torch.no_grad(), evaluation_mode(reference), adapters_off:
-        for micro in part:
-            batch = collate([_only(groups, rows, same) for same in _by_group(micro, rows)])
+        for micro in micros:
+            by_group = groupby(micro, key=lambda place: place[0])
+            batch = collate([_only(groups[g], [k for _, k in same]) for g, same in by_group])
             values.append(logps(reference, batch.to(reference.device), numerics=numerics).total.cpu().numpy())
     return np.concatenate(values)
 
 
-def _by_group(micro: list[int], rows: list[tuple[int, int]]) -> Iterator[list[int]]:
-    return (list(same) for _, same in groupby(micro, key=lambda row: rows[row][0]))
-
-
-def _only(groups, rows, wanted: list[int]) -> TokenGroup:
+def _only(group: TokenGroup, picked: list[int]) -> TokenGroup:
     """The group with just these of its completions: a branch's numbers do not depend on its neighbours."""
-    group, picked = groups[rows[wanted[0]][0]], [rows[row][1] for row in wanted]
     return replace(
         group,
         completions=tuple(group.completions[k] for k in picked),

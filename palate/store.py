@@ -8,11 +8,12 @@ checksum that is looked at before a value leaves it: what rots is refused. Other
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from palate.files import Lock, make_folder, remove_file, save_tensors, write_jso
 
 BLOCK = 1024  # rows under one checksum
 MAX_SEGMENTS = 64
+AT_ONCE = 2**17  # keys that are looked up before mapped pages are given back
 _COLUMNS = {"hi": np.uint64, "lo": np.uint64, "logp": np.float64, "length": np.int64}
 _STALE_SECONDS = 86400
 
@@ -94,13 +96,14 @@ class ScoreStore:
             open_rows = np.flatnonzero(~found)
             if not len(open_rows):
                 break
+            open_rows = open_rows[np.argsort(keys[open_rows, 0])]  # neighbours lie on one page
             at = segment.search(keys[open_rows])
             hits, at = open_rows[at >= 0], at[at >= 0]
             if not len(hits):
                 continue
             if not self._sound(segment, at):
                 continue
-            found[hits], logp[hits], length[hits] = True, segment.logp[at], segment.length[at]
+            found[hits], logp[hits], length[hits] = True, segment.take("logp", at), segment.take("length", at)
             tags.add(segment.tag)
         return found, logp, length, tags
 
@@ -277,20 +280,41 @@ class _Segment:
 
     def search(self, keys: np.ndarray) -> np.ndarray:
         """(n,) int64: the row of each key, -1 where it is not here."""
-        low, high = np.zeros(len(keys), np.int64), np.full(len(keys), self.rows, np.int64)
-        hi, lo = keys[:, 0], keys[:, 1]
-        while (todo := np.flatnonzero(low < high)).size:
-            middle = (low[todo] + high[todo]) // 2
-            mine = self.hi[middle]
-            less = (mine < hi[todo]) | ((mine == hi[todo]) & (self.lo[middle] < lo[todo]))
-            low[todo] = np.where(less, middle + 1, low[todo])
-            high[todo] = np.where(less, high[todo], middle)
-        at = np.minimum(low, self.rows - 1)
+        return self._in_parts(lambda part: self._search(part[:, 0], part[:, 1]), keys)
+
+    def _search(self, hi: np.ndarray, lo: np.ndarray) -> np.ndarray:
+        at = np.searchsorted(self.hi, hi)
+        while len(todo := self._before(at, hi, lo)):  # rows that share the first half
+            at[todo] += 1
+        at = np.minimum(at, self.rows - 1)
         return np.where((self.hi[at] == hi) & (self.lo[at] == lo), at, -1)
+
+    def _before(self, at: np.ndarray, hi: np.ndarray, lo: np.ndarray) -> np.ndarray:
+        here = np.flatnonzero(at < self.rows)
+        return here[(self.hi[at[here]] == hi[here]) & (self.lo[at[here]] < lo[here])]
+
+    def take(self, column: str, at: np.ndarray) -> np.ndarray:
+        """(n,) the column's values in these rows."""
+        return self._in_parts(getattr(self, column).__getitem__, at)
+
+    def _in_parts(self, look: Callable[[np.ndarray], np.ndarray], rows: np.ndarray) -> np.ndarray:
+        found = []
+        for start in range(0, max(len(rows), 1), AT_ONCE):
+            found.append(np.asarray(look(rows[start : start + AT_ONCE])))
+            self.give_back()
+        return np.concatenate(found)
+
+    def give_back(self) -> None:
+        """Mapped pages go back to the system, which reads them again when they are asked for."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for column in _COLUMNS:
+                getattr(self, column)._mmap.madvise(mmap.MADV_DONTNEED)
 
     def check(self, at: np.ndarray) -> None:
         """ValueError where the block of one of these rows is not what was written."""
-        for block in np.unique(np.asarray(at, np.int64) // BLOCK).tolist():
+        for number, block in enumerate(np.unique(np.asarray(at, np.int64) // BLOCK).tolist()):
+            if number % (AT_ONCE // BLOCK) == 0:
+                self.give_back()
             if self.checked[block]:
                 continue
             if _checksum({column: getattr(self, column) for column in _COLUMNS}, block) != int(self.checks[block]):

@@ -6,6 +6,7 @@ groups, and knows the whole step's denominator before any forward pass.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -52,17 +53,21 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def pack(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Indices cut, in order, into micro-batches of at most `tokens` stream tokens; a longer group stands alone."""
-    packs: list[list[int]] = []
+def cuts(lengths: Sequence[int], tokens: int) -> list[int]:
+    """Where each micro-batch of at most `tokens` stream tokens begins, in order; a longer group stands alone."""
+    starts: list[int] = []
     filled = 0
     for index, length in enumerate(lengths):
-        if not packs or filled + length > tokens:
-            packs.append([])
+        if not starts or filled + length > tokens:
+            starts.append(index)
             filled = 0
-        packs[-1].append(index)
         filled += length
-    return packs
+    return starts
+
+
+def pack(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """The indices of each micro-batch of `cuts`."""
+    return [list(range(a, b)) for a, b in pairwise([*cuts(lengths, tokens), len(lengths)])]
 
 
 def count_steps(rows: int, batch: int, epochs: int, steps: int | None = None) -> int:
@@ -70,12 +75,14 @@ def count_steps(rows: int, batch: int, epochs: int, steps: int | None = None) ->
     return steps if steps is not None else epochs * -(-rows // batch)
 
 
-def count_tokens(lengths: Sequence[int], batch: int, epochs: int, steps: int | None = None, *, seed: int = 0) -> int:
+def count_tokens(
+    lengths: Sequence[int] | np.ndarray, batch: int, epochs: int, steps: int | None = None, *, seed: int = 0
+) -> int:
     """Stream tokens of a whole run whose groups have these lengths: what its steps run through the model."""
-    total = count_steps(len(lengths), batch, epochs, steps)
-    whole, rest = divmod(total, -(-len(lengths) // batch)) if lengths else (0, 0)
+    lengths, total = np.asarray(lengths, np.int64), count_steps(len(lengths), batch, epochs, steps)
+    whole, rest = divmod(total, -(-len(lengths) // batch)) if len(lengths) else (0, 0)
     last = order(len(lengths), seed, whole)[: rest * batch]
-    return whole * sum(lengths) + sum(lengths[row] for row in last)
+    return int(whole * lengths.sum() + lengths[last].sum())
 
 
 def stream(

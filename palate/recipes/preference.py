@@ -198,7 +198,7 @@ def pin_reference(config: PreferenceConfig, prepared, waiting: list, say, run, g
 
     objective, model = prepared.objective, prepared.loaded.model
     everything = [*groups, *held]
-    column, began = ReferenceColumn.read(run.reference_path, everything), time.perf_counter()
+    column, began = ReferenceColumn.read(run.reference_path, everything, prepared.rows.keys), time.perf_counter()
     if column is None:
         other = waiting.pop()
         reference = model if other is None else other
@@ -211,6 +211,7 @@ def pin_reference(config: PreferenceConfig, prepared, waiting: list, say, run, g
             store=store,
             folder=run.path / "scoring",
             progress=every_tenth(lambda done, todo: say(f"reference: {done} of {todo} completions scored")),
+            keys=prepared.rows.keys,
         )
         column.write(run.reference_path)
         for note in store.notes:

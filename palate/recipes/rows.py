@@ -94,13 +94,13 @@ class Reading:
 
 @dataclass(frozen=True)
 class Rows:
-    """Tokenised data of a run. train, held: groups. tokens: SHA-256 of every id and span of both, in order."""
+    """Tokenised data of a run. train, held: groups. keys: (C, 2) uint64 of the content of both, in order."""
 
     train: list
     held: list
     reading: Reading
     notes: list[str]
-    tokens: str
+    keys: Any
 
     @property
     def counts(self) -> dict[str, int]:
@@ -119,8 +119,8 @@ def read_rows(
 
     records: of --data. other: of --eval, where that is data of its own. usable, pieces: as in `Reading.take`.
     """
+    from palate.data.table import row_keys
     from palate.data.tokens import notes
-    from palate.reference import content_digest
 
     chat = any(not isinstance(record.prompt, str) for record in records[:1])
     for note in [*records.notes, *records.warnings, *notes(tokenizer, chat)]:
@@ -141,7 +141,7 @@ def read_rows(
     train = [group for _, group in pairs]
     if not train:
         raise DataError(f"no row of {config.data} is left to train on", code="E104", next="look at the counts above")
-    return Rows(train, held, reading, list(records.notes), content_digest([*train, *held]))
+    return Rows(train, held, reading, list(records.notes), row_keys([*train, *held]))
 
 
 def prompt_key(record) -> str:

@@ -386,6 +386,7 @@ def _train(
     from palate.data.stream import count_tokens, stream
     from palate.distributed import Ranks
     from palate.evaluation.preference import evaluate
+    from palate.reference import content_digest
     from palate.run import read_lines
     from palate.train import checkpoint
     from palate.train.fit import fit
@@ -396,7 +397,7 @@ def _train(
     if config.resume:
         refuse_other_data(run.path, rows.reading.sources)
     # what a run and its checkpoints belong to: frozen weights, rows and template are in no checkpoint
-    meta = {"run": run.id, "start": prepared.identity, "tokens": rows.tokens}
+    meta = {"run": run.id, "start": prepared.identity, "tokens": content_digest(rows.keys)}
     refuse_other_start(run, meta)
     run.write_data(
         {

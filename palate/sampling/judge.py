@@ -327,7 +327,7 @@ def _logps(model, groups: Sequence[TokenGroup]) -> np.ndarray:
     from palate.scoring import Numerics
 
     column = reference_column(groups, model, numerics=Numerics.of(model))
-    return np.array([totals[0] for totals in column.totals])
+    return column.values[column.first[:-1]]
 
 
 def _run_config(folder: Path) -> tuple[dict[str, Any], list]:
