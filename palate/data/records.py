@@ -3,8 +3,10 @@
 A `Text` is a plain string or a conversation. Plain strings get no chat template, conversations do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
 from typing import Generic, TypeAlias, TypeVar, overload
 
 
@@ -113,26 +115,60 @@ class Warned:
         return f"{self.what}: {self.count} [{self.code}] ({rows})"
 
 
+@dataclass(frozen=True, eq=False)
+class Reread(Sequence[T], Generic[T]):
+    """Records that nobody holds: read again from where they stand each time they are asked for, from the first on."""
+
+    size: int
+    again: Callable[[], Iterable[T]]
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self.again())
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            wanted = range(self.size)[index]
+            found = dict(zip(sorted(wanted), self._at(sorted(wanted)), strict=True))
+            return tuple(found[at] for at in wanted)
+        return next(self._at([range(self.size)[index]]))
+
+    def _at(self, wanted: Sequence[int]) -> Iterator[T]:
+        """The records of these numbers, which ascend."""
+        records, before = iter(self), 0
+        for at in wanted:
+            yield next(islice(records, at - before, None))
+            before = at + 1
+
+
 @dataclass(frozen=True)
 class Records(Sequence[T], Generic[T]):
     """What was read, in file order, and the story of the reading.
 
+    records: a tuple, or a Reread where they are too many to be held.
     sources: per file {path, sha256, rows}, and "slice" where one was asked for.
     dropped: reason -> rows left out on purpose, such as {"tie": 3}.
     rejected: rows refused under bad_rows="skip": (source, the row as it stood, code, message); bytes that are no UTF-8
         are lone surrogates in the text, `encode("utf-8", "surrogateescape")` gives the very bytes.
     notes: what a reader of the data should hear, such as which columns were taken for what.
+    folder: where what is made of them may be kept, if anywhere.
     """
 
-    records: tuple[T, ...] = ()
+    records: Sequence[T] = ()
     sources: list[dict] = field(default_factory=list)
     dropped: dict[str, int] = field(default_factory=dict)
     rejected: list[tuple[Source, str, str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     warnings: list[Warned] = field(default_factory=list)
+    folder: Path | None = None
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self.records)
 
     @overload
     def __getitem__(self, index: int) -> T: ...

@@ -7,8 +7,10 @@ they stood, and stops when they are more than 5 %.
 import hashlib
 import os
 import re
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from palate.data.records import (
     Ranking,
     Record,
     Records,
+    Reread,
     Source,
     Warned,
 )
@@ -43,7 +46,9 @@ _WARNINGS = {
 _SCORES = [("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating")]
 
 
-def read_pairs(data, *, columns=None, format=None, bad_rows="stop", rejects=None) -> Records[PreferencePair | Ranking]:
+def read_pairs(
+    data, *, columns=None, format=None, bad_rows="stop", rejects=None, hold=True, known=None
+) -> Records[PreferencePair | Ranking]:
     """The preference pairs and rankings of `data`, in file order; ties are dropped and counted.
 
     data: a path (.jsonl .json .csv .parquet .txt, packed as .jsonl.gz or .zst, or a slice as in "pairs.jsonl[:500]"),
@@ -51,14 +56,16 @@ def read_pairs(data, *, columns=None, format=None, bad_rows="stop", rejects=None
     columns: our name -> the data's, as {"chosen": "good"}; "" hides a column.
     format: jsonl, json, csv, parquet or text (a document between blank lines) where the file's name does not say.
     bad_rows: "stop" or "skip". rejects: a file that skipped rows are written to, byte for byte.
+    hold: False reads and checks all rows and keeps none: whoever iterates over the records reads the data again.
+    known: the records of an earlier reading of the same content, with which nothing is read until they are asked for.
     Raises DataError with file, line, field, code and what to do; NotThereError for what does not exist.
     """
     tables = dialects.PAIRS[:-1] + dialects.RANKINGS + dialects.PAIRS[-1:]
-    return _Reading(data, tables, "preference pairs", columns, format, bad_rows, rejects).records()
+    return _read((hold, known), data, tables, "preference pairs", columns, format, bad_rows, rejects)
 
 
 def read_demonstrations(
-    data, *, columns=None, format=None, bad_rows="stop", rejects=None, turns="all"
+    data, *, columns=None, format=None, bad_rows="stop", rejects=None, turns="all", hold=True, known=None
 ) -> Records[Demonstration]:
     """The demonstrations of `data`, as `read_pairs`; preference pairs give their chosen side, running text no prompt.
 
@@ -68,17 +75,18 @@ def read_demonstrations(
         raise UsageError(f'turns "{shown(turns)}" is unknown', where="--turns", code="E303", next="use all or last")
     tables = [*dialects.DEMONSTRATIONS, *dialects.PAIRS, *dialects.TEXTS]
     tables.sort(key=lambda d: d.kind == "pair" and d.needs == ("chosen", "rejected"))
-    reading = _Reading(data, tables, "demonstrations", columns, format, bad_rows, rejects)
-    reading.finish = lambda record: [_demonstrated(record, turns == "last")]
-    return reading.records()
+    finish = partial(_demonstrated, last=turns == "last")
+    return _read((hold, known), data, tables, "demonstrations", columns, format, bad_rows, rejects, finish)
 
 
-def read_texts(data, *, columns=None, format=None, bad_rows="stop", rejects=None) -> Records[Demonstration]:
+def read_texts(
+    data, *, columns=None, format=None, bad_rows="stop", rejects=None, hold=True, known=None
+) -> Records[Demonstration]:
     """Running text, each row a document under no prompt, as `read_pairs`: rows with a column text, or a .txt file.
 
     In a .txt file a document is what stands between blank lines.
     """
-    return _Reading(data, dialects.TEXTS, "running text", columns, format, bad_rows, rejects).records()
+    return _read((hold, known), data, dialects.TEXTS, "running text", columns, format, bad_rows, rejects)
 
 
 def read_feedback(data, *, columns=None, format=None, bad_rows="stop", rejects=None) -> Records[Feedback]:
@@ -88,9 +96,7 @@ def read_feedback(data, *, columns=None, format=None, bad_rows="stop", rejects=N
     Raises DataError where one class is absent (E226) or all rows share one prompt (E233).
     """
     tables = [*dialects.FEEDBACK, *dialects.PAIRS]
-    reading = _Reading(data, tables, "feedback", columns, format, bad_rows, rejects)
-    reading.finish = _as_feedback
-    records = reading.records()
+    records = _read((True, None), data, tables, "feedback", columns, format, bad_rows, rejects, _as_feedback)
     where = ", ".join(source["path"] for source in records.sources)
     wanted = sum(row.label for row in records)
     if wanted in (0, len(records)):
@@ -103,9 +109,8 @@ def read_feedback(data, *, columns=None, format=None, bad_rows="stop", rejects=N
 def read_prompts(data, *, columns=None, format=None, bad_rows="stop", rejects=None) -> Records[Prompt]:
     """The prompts of `data`, one a row, as `read_pairs`: of any kind of row that has a prompt."""
     tables = [*dialects.PROMPTS, *dialects.PAIRS, *dialects.TEXT_PROMPTS]
-    reading = _Reading(data, tables, "prompts", columns, format, bad_rows, rejects)
-    reading.finish = lambda record: [Prompt(record.prompt, record.source)]
-    return reading.records()
+    finish = lambda record: [Prompt(record.prompt, record.source)]  # noqa: E731
+    return _read((True, None), data, tables, "prompts", columns, format, bad_rows, rejects, finish)
 
 
 def read_any(data, *, columns=None, format=None, bad_rows="stop") -> Records:
@@ -115,12 +120,13 @@ def read_any(data, *, columns=None, format=None, bad_rows="stop") -> Records:
     """
     tables = dialects.PAIRS[:-1] + dialects.RANKINGS + dialects.FEEDBACK + dialects.DEMONSTRATIONS
     tables = tables + dialects.PAIRS[-1:] + dialects.TEXTS + dialects.PROMPTS
-    return _Reading(data, tables, "preference data", columns, format, bad_rows, None).records()
+    return _read((True, None), data, tables, "preference data", columns, format, bad_rows, None)
 
 
 def refuse_shared_rows(train: Records, held_out: Records) -> None:
     """Raises DataError (E231) where a row of one stands in the other too; prompts alone may be shared."""
-    seen = {replace(record, source=None): record.source for record in train}
+    wanted = {replace(record, source=None) for record in held_out}  # the fewer ones are held
+    seen = {bare: r.source for r in train if (bare := replace(r, source=None)) in wanted}
     twice = [(seen[bare], r.source) for r in held_out if (bare := replace(r, source=None)) in seen]
     if twice:
         cases = ", ".join(f"{first} and {second}" for first, second in twice[:5])
@@ -130,11 +136,11 @@ def refuse_shared_rows(train: Records, held_out: Records) -> None:
         raise DataError(what, where="--eval", code="E231", next="drop them from one of the two")
 
 
-def _demonstrated(record: Demonstration | PreferencePair, last: bool) -> Demonstration:
+def _demonstrated(record: Demonstration | PreferencePair, last: bool) -> list[Demonstration]:
     prompt, completion = record.prompt, record.chosen if isinstance(record, PreferencePair) else record.completion
     if last and isinstance(prompt, tuple) and isinstance(completion, tuple):
         prompt, completion = prompt + completion[:-1], completion[-1:]
-    return Demonstration(prompt, completion, record.source)
+    return [Demonstration(prompt, completion, record.source)]
 
 
 def _as_feedback(record: Feedback | PreferencePair) -> list[Feedback]:
@@ -190,7 +196,7 @@ class _Table:
             raise DataError("no rows", where=self.path, code="E104", next="give some")
 
 
-def _open(data: Any, format: str | None) -> list[Rows | _Table]:
+def open_data(data: Any, format: str | None) -> list[Rows | _Table]:
     """The sources that `data` names, in order, none of them twice."""
     if not isinstance(data, (str, os.PathLike)):
         if isinstance(data, Mapping) or not isinstance(data, Iterable) or isinstance(data, (bytes, bytearray)):
@@ -262,18 +268,28 @@ def _hub(name: str, first: int, stop: int | None) -> _Table:
 # reading
 
 
-class _Reading:
-    """One reading: dialect, conversion, bad rows, warnings."""
+def _read(how: tuple[bool, Records | None], *options) -> Records:
+    """The records of a `_Reading`; not held, they are read again by another one each time they are asked for."""
+    hold, known = how
+    records = _Reading(*options).records(hold) if known is None else known
+    if hold and known is None:
+        return records
+    digests = [source["sha256"] for source in records.sources]
+    return replace(records, records=Reread(len(records), lambda: _Reading(*options).again(digests)))
 
-    def __init__(self, data, tables: list[Dialect], wanted: str, columns, format, bad_rows: str, rejects):
+
+class _Reading:
+    """One reading: dialect, conversion, bad rows, warnings. finish: a record -> what is made of it."""
+
+    def __init__(self, data, tables: list[Dialect], wanted: str, columns, format, bad_rows: str, rejects, finish=None):
         if bad_rows not in ("stop", "skip", "keep"):
             what = f'bad_rows "{shown(bad_rows)}" is unknown'
             raise UsageError(what, where="--bad-rows", code="E303", next="use stop or skip")
         self.names = dialects.check_columns(columns)
-        self.opened = _open(data, format)
+        self.opened = open_data(data, format)
         self.tables, self.wanted, self.bad_rows, self.rejects = tables, wanted, bad_rows, rejects
-        self.finish: Callable[[Any], list] = lambda record: [record]
-        self.found: list = []
+        self.finish: Callable[[Any], list] = finish or (lambda record: [record])
+        self.count = 0
         self.bad: list[tuple[Source, str, str, str]] = []
         self.bad_count = self.seen = 0
         self.dropped: dict[str, int] = {}
@@ -281,27 +297,42 @@ class _Reading:
         self.splits: dict[str, int] = {}
         self.odd: dict[str, list] = {}
         self.dialects: dict[Dialect, list[str]] = {}
-        self.rows_by_hash: dict[int, Source] = {}
+        self.hashes, self.warn = _Hashes(), True
         self.ids: dict[Any, Source] = {}
         self.form: tuple[bool, Source] | None = None
 
-    def records(self) -> Records:
-        sources = []
-        for opened in self.opened:
-            self._read(opened)
+    def records(self, hold: bool) -> Records:
+        sources, found = [], []
+        for number, opened in enumerate(self.opened):
+            for made in self._read(number, opened):
+                self.count += len(made)
+                if hold:
+                    found += made
             source = {"path": opened.path, "sha256": opened.sha256, "rows": opened.count}
             if opened.first or opened.stop is not None:
                 source["slice"] = f"[{opened.first or ''}:{'' if opened.stop is None else opened.stop}]"
             sources.append(source)
             self.notes += [f"{shown(opened.path, 200)}: {note}" for note in opened.notes]
         self._settle()
+        self._repeated()
         warnings = [Warned(code, _WARNINGS[code], n, tuple(rows)) for code, (n, rows) in sorted(self.odd.items())]
         said = [self._said(dialect, used) for dialect, used in self.dialects.items()]
         said += [f"prompts end at {where} in {count} rows" for where, count in self.splits.items()]
         if self.dropped:
             counts = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
             said.append(f"left out: {counts}")
-        return Records(tuple(self.found), sources, self.dropped, self.bad, said + self.notes, warnings)
+        records = tuple(found) if hold else Reread(self.count, list)
+        return Records(records, sources, self.dropped, self.bad, said + self.notes, warnings)
+
+    def again(self, digests: list[str]) -> Iterator:
+        """The records one by one, of files that were read and found good before. Raises DataError where one changed."""
+        self.warn = False
+        for number, (opened, digest) in enumerate(zip(self.opened, digests, strict=True)):
+            for made in self._read(number, opened):
+                yield from made
+            if opened.sha256 != digest:
+                what = "the file changed while it was read"
+                raise DataError(what, where=opened.path, code="E117", next="stop what writes to it and start again")
 
     def _said(self, dialect: Dialect, used: list[str]) -> str:
         text = f"columns {', '.join(shown(c, 40) for c in used)}: {dialect.name}"
@@ -315,18 +346,21 @@ class _Reading:
             text += "; plain text, no template" if self.form[0] else "; conversations"
         return text
 
-    def _read(self, opened: Rows | _Table) -> None:
-        waiting: list | None = []
-        dialect = None
+    def _read(self, number: int, opened: Rows | _Table) -> Iterator[list]:
+        """What is made of each row of a source, the `number`-th."""
+        waiting: list = []
+        dialect, known = None, False
         for row in opened:
-            if waiting is None:
-                self._take(opened, row, dialect)
+            if known:
+                yield self._take(number, opened, row, dialect)
                 continue
             waiting.append(row)
             if len(waiting) == _PROBE:
-                dialect, waiting = self._recognise(opened, waiting), None
-        if waiting:
-            self._recognise(opened, waiting)
+                dialect, known = self._recognise(opened, waiting), True
+                yield from [self._take(number, opened, row, dialect) for row in waiting]
+        if not known:
+            dialect = self._recognise(opened, waiting)
+            yield from [self._take(number, opened, row, dialect) for row in waiting]
 
     def _recognise(self, opened: Rows | _Table, waiting: list) -> Dialect | None:
         objects = [
@@ -334,16 +368,14 @@ class _Reading:
             for row in waiting
             if row.problem is None and isinstance(row.value, dict) and len(row.value) <= dialects.MAX_TURNS
         ]
-        dialect = None
-        if objects:
-            dialect = dialects.recognise(objects, self.tables, self.names, self.wanted)
-            view = next((v for v in (View(r, self.names) for _, r in objects) if dialect.matches(v)), None)
-            self.dialects.setdefault(dialect, dialect.columns(view) if view else [])
-        for row in waiting:
-            self._take(opened, row, dialect)
+        if not objects:
+            return None
+        dialect = dialects.recognise(objects, self.tables, self.names, self.wanted)
+        view = next((v for v in (View(r, self.names) for _, r in objects) if dialect.matches(v)), None)
+        self.dialects.setdefault(dialect, dialect.columns(view) if view else [])
         return dialect
 
-    def _take(self, opened: Rows | _Table, row, dialect: Dialect | None) -> None:
+    def _take(self, number: int, opened: Rows | _Table, row, dialect: Dialect | None) -> list:
         place = Source(opened.path, row.line)
         self.seen += 1
         try:
@@ -366,11 +398,13 @@ class _Reading:
         except RecursionError:
             self._refuse(place, row, RowError("E115", "nested too deep", "flatten the row"))
         else:
-            self._warn(view, record, place)
+            if self.warn:
+                self._warn(view, record, number)
             for where in view.splits:
                 self.splits[where] = self.splits.get(where, 0) + 1
             if not self.bad_count or self.bad_rows != "stop":
-                self.found += made
+                return made
+        return []
 
     def _converted(self, view: View, dialect: Dialect, place: Source) -> Record:
         record = dialect.read(view)
@@ -398,24 +432,27 @@ class _Reading:
         raw = "" if self.bad_rows != "skip" else (row.raw or as_json(row.value)).decode("utf-8", "surrogateescape")
         self.bad.append((place, raw, problem.code, str(problem.at(place))))
 
-    def _warn(self, view: View, record: Record, place: Source) -> None:
+    def _warn(self, view: View, record: Record, number: int) -> None:
+        place = record.source
         for code in view.warnings:
             self._count(code, place)
         if isinstance(record, Prompt):
             return
-        key = hash((type(record).__name__, replace(record, source=None)))
-        if key in self.rows_by_hash:
-            self._count("W212", self.rows_by_hash[key], place)
-        self.rows_by_hash.setdefault(key, place)
-        if not isinstance(record, PreferencePair):
-            return
-        swapped = hash(("PreferencePair", PreferencePair(record.prompt, record.rejected, record.chosen)))
-        if swapped in self.rows_by_hash:
-            self._count("W211", self.rows_by_hash[swapped], place)
-        for better, worse in _SCORES:
-            high, low = view.row.get(better), view.row.get(worse)
-            if isinstance(high, (int, float)) and isinstance(low, (int, float)) and high < low:
-                self._count("W227", place)
+        bare, swapped = hash((type(record).__name__, replace(record, source=None))), None
+        if isinstance(record, PreferencePair):
+            swapped = hash(("PreferencePair", PreferencePair(record.prompt, record.rejected, record.chosen)))
+            for better, worse in _SCORES:
+                high, low = view.row.get(better), view.row.get(worse)
+                if isinstance(high, (int, float)) and isinstance(low, (int, float)) and high < low:
+                    self._count("W227", place)
+        self.hashes.add(bare, swapped, number, place.line)
+
+    def _repeated(self) -> None:
+        """Counts the rows that stand twice, and the pairs that stand in both orders."""
+        names = [opened.path for opened in self.opened]
+        for code, (count, cases) in zip(("W212", "W211"), self.hashes.repeated(), strict=True):
+            if count:
+                self.odd[code] = [count, [tuple(Source(names[n], line) for n, line in case) for case in cases]]
 
     def _count(self, code: str, *places: Source) -> None:
         entry = self.odd.setdefault(code, [0, []])
@@ -426,7 +463,7 @@ class _Reading:
     def _settle(self) -> None:
         """Refuses the whole where rows are bad, or too many of them."""
         if self.bad_rows == "keep" or not self.bad_count:
-            if not self.found and not self.bad_count:
+            if not self.count and not self.bad_count:
                 counts = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
                 where = shown(self.opened[0].path, 400)
                 raise DataError(
@@ -445,9 +482,9 @@ class _Reading:
         if self.rejects is not None:
             self._write_rejects()
         # a handful of bad rows in a small file is no sign of a broken one
-        if self.bad_count > MOST_BAD * max(self.seen, 100) or not self.found:
+        if self.bad_count > MOST_BAD * max(self.seen, 100) or not self.count:
             share = f"{total}: {100 * self.bad_count / self.seen:.1f} %, more than {100 * MOST_BAD:.0f} %"
-            share = share if self.found else f"{total}: none is left"
+            share = share if self.count else f"{total}: none is left"
             raise DataError(
                 "\n".join([*shown_rows, share]), code="E234", next="fix the file; it may not be what it seems"
             )
@@ -457,3 +494,39 @@ class _Reading:
         from palate import files
 
         files.write_bytes(Path(self.rejects), Records((), rejected=self.bad).rejects())
+
+
+class _Hashes:
+    """A hash of every row, 25 bytes in all, in which those that stand twice are looked for at the end."""
+
+    def __init__(self):
+        self._bare, self._swapped, self._place = array("q"), array("q"), array("q")
+        self._pairs = array("b")
+
+    def add(self, bare: int, swapped: int | None, source: int, line: int) -> None:
+        """swapped: of the pair with its sides exchanged. source, line: where the row stands."""
+        self._bare.append(bare)
+        self._swapped.append(swapped or 0)
+        self._pairs.append(swapped is not None)
+        self._place.append(source << 40 | line)
+
+    def repeated(self) -> list[tuple[int, list[tuple]]]:
+        """Of equal rows, and of pairs that came before in the other order: how many, and the first three cases.
+
+        A case is (first, later), each (source, line).
+        """
+        import numpy as np
+
+        if not self._bare:
+            return [(0, [])] * 2
+        bare, swapped, place = (np.frombuffer(column, np.int64) for column in (self._bare, self._swapped, self._place))
+        values, first = np.unique(bare, return_index=True)  # sorted; the first of equal ones
+        rows, at = np.arange(len(bare)), first[np.searchsorted(values, bare)]
+        other = np.minimum(np.searchsorted(values, swapped), len(values) - 1)
+        turned = (np.frombuffer(self._pairs, np.int8) == 1) & (values[other] == swapped) & (first[other] <= rows)
+        found = []
+        for odd, before in ((at != rows, at), (turned, first[other])):
+            shown = np.flatnonzero(odd)[:3]
+            cases = zip(place[before[shown]].tolist(), place[shown].tolist(), strict=True)
+            found.append((int(odd.sum()), [tuple((p >> 40, p & (1 << 40) - 1) for p in case) for case in cases]))
+        return found

@@ -128,7 +128,7 @@ class TokenTable(Sequence[TokenGroup]):
     @classmethod
     def joined(cls, one: "TokenTable", two: "TokenTable") -> "TokenTable":
         """The rows of both, in order."""
-        if one._whole is two._whole:
+        if one._whole is two._whole and one._reference is two._reference:
             return cls(one._whole, np.concatenate([one.rows, two.rows]), one._reference)
         whole = _Whole(one._whole.batches + two._whole.batches, one._whole.maps + two._whole.maps)
         parts = [part for part in (one._reference, two._reference) if part is not None]

@@ -41,7 +41,7 @@ def auto_rate(config, parameters: int) -> tuple[float, str]:
 
 
 def dry_run(config, prepared, say: Say) -> dict[str, Any]:
-    """The plan, on stdout by way of the result; nothing is written, no weight moves."""
+    """The plan, on stdout by way of the result; no run is written (tokens of large files are kept), no weight moves."""
     outlined = prepared.loaded.model.device.type == "meta"
     needs = memory_plan(config, prepared)
     pace = None if outlined else pace_of(config, prepared, say)
@@ -81,18 +81,18 @@ def plan_lines(
 
     needs: of `memory_plan`; without, what the run's rows take is not known. seconds: of a step.
     """
-    from palate.data.batch import stream_length
+    from palate.data.table import Lengths
     from palate.scoring import support
 
     model = loaded.model
     needs = needs or Estimated("its rows are made on the way", memory_needs(config, model, config.train.tokens))
     weights, each, kept = disk_needs(config, model)
-    lengths = [stream_length(group) for group in rows.train]
+    lengths = Lengths.of(rows.train).stream
     lines = [
         f"model      {loaded.name}: {model.num_parameters():,} parameters, {support(model).path} prompts"
         + (f" ({support(model).reason})" if support(model).reason else ""),
         f"data       {rows.summary()}",
-        f"tokens     {sum(lengths):,} in streams; a row has {min(lengths)} to {max(lengths)}",
+        f"tokens     {lengths.sum():,} in streams; a row has {lengths.min()} to {lengths.max()}",
         f"training   {objective.name} {objective.options} · lr {rate:g} ({reason}) · {steps} steps of {config.batch} · "
         f"{precision}",
         *needs.lines(),
@@ -198,6 +198,7 @@ class Estimated:
 def memory_plan(config, prepared) -> Foreseen | Estimated:
     """The memory that the run will take, from a rehearsal of its largest micro-batch."""
     from palate.data.batch import stream_length
+    from palate.data.table import Lengths
     from palate.errors import ModelError
     from palate.train.rehearsal import rehearse
 
@@ -212,7 +213,7 @@ def memory_plan(config, prepared) -> Foreseen | Estimated:
         needs = rehearse(model, largest, prepared.objective.numerics, states=states, several=several)
     except ModelError as error:
         return Estimated(error.what, memory_needs(config, model, sum(map(stream_length, largest))))
-    tokens = sum(map(stream_length, groups)) / len(groups) * min(config.batch, len(groups))
+    tokens = Lengths.of(groups).stream.mean() * min(config.batch, len(groups))
     return Foreseen(
         needs,
         rest=max(rest, 0),
@@ -264,6 +265,7 @@ def pace_of(config, prepared, say: Say) -> float:
     """Seconds that an optimizer step will take: three micro-batches of the run itself, forward and backward, and an
     update of copies. No weight moves."""
     from palate.data.batch import stream_length
+    from palate.data.table import Lengths
     from palate.reference import annotate
 
     model, objective = prepared.loaded.model, prepared.objective
@@ -277,8 +279,8 @@ def pace_of(config, prepared, say: Say) -> float:
         if number:
             seconds.append(spent)
             tokens.append(sum(map(stream_length, micro)))
-    lengths = [stream_length(group) for group in prepared.rows.train]
-    in_step = sum(lengths) / len(lengths) * min(config.batch, len(lengths))
+    lengths = Lengths.of(prepared.rows.train).stream
+    in_step = lengths.mean() * min(config.batch, len(lengths))
     return in_step * sum(seconds) / sum(tokens) + update_seconds(config, prepared)
 
 

@@ -14,6 +14,7 @@ from pydantic import Field
 from palate.errors import UsageError
 from palate.recipes.plan import dry_run
 from palate.recipes.retain import read_retained, retention
+from palate.recipes.rows import anything, with_order, with_signal
 from palate.recipes.training import TrainingConfig, Watch, open_folder, prepare, train
 from palate.recipes.verbs import every_tenth, fell, number, stderr
 
@@ -60,9 +61,7 @@ def run(
     Raises UsageError for a loss or option that does not fit, DataError, ModelError, and Interrupted when stopped.
     """
     from palate import losses
-    from palate.data.batch import best_first
     from palate.data.sources import read_feedback, read_pairs
-    from palate.data.tokens import without_signal
     from palate.train.objectives import objective
 
     options = check_loss(config, verb)
@@ -71,11 +70,6 @@ def run(
     if ended is not None:
         return ended
 
-    def usable(group) -> str | None:
-        if kind == "ranked":
-            return None if best_first(group) else "rankings with ties"
-        return "pairs without signal" if kind == "pairwise" and without_signal(group) else None
-
     read = partial(
         read_feedback if kind == "feedback" else read_pairs,
         columns=config.columns or None,
@@ -83,6 +77,7 @@ def run(
         bad_rows=config.bad_rows,
     )
     records = read_retained(config, say)
+    usable = {"ranked": with_order, "pairwise": with_signal}.get(kind, anything)
     prepared = prepare(
         config, read, lambda numerics: objective(config.loss, numerics, **options), usable=usable, say=say
     )
@@ -191,13 +186,14 @@ def pin_reference(config: PreferenceConfig, prepared, waiting: list, say, run, g
     import torch
 
     from palate.data.batch import collate
+    from palate.data.table import joined
     from palate.reference import ReferenceColumn, reference_column, reference_identity, with_reference
     from palate.scoring import logps
     from palate.store import reference_store
     from palate.train.selfcheck import check_start, start_report
 
     objective, model = prepared.objective, prepared.loaded.model
-    everything = [*groups, *held]
+    everything = joined(groups, held)
     column, began = ReferenceColumn.read(run.reference_path, everything, prepared.rows.keys), time.perf_counter()
     if column is None:
         other = waiting.pop()
@@ -219,13 +215,13 @@ def pin_reference(config: PreferenceConfig, prepared, waiting: list, say, run, g
     seconds = round(time.perf_counter() - began, 3)
     run.forget("scoring")
     say(f"reference: {column.scored} completions scored, {column.reused} reused")
-    annotated = with_reference(everything, column)
+    annotated, identity = with_reference(everything, column), column.identity
     own_tag = objective.numerics.tag(model)
     if foreign := [tag for tag in column.tags if tag != own_tag]:
         say(f"reference: scored under other numerics ({foreign[0]}): margins at the start are tiny, not zero")
 
     def suspects() -> str:
-        if reference_identity(model, prepared.precision) != column.identity:
+        if reference_identity(model, prepared.precision) != identity:
             return "weights or config of the policy"
         if foreign:
             return f"dtype or kernels ({foreign[0]} against {own_tag})"
@@ -239,7 +235,7 @@ def pin_reference(config: PreferenceConfig, prepared, waiting: list, say, run, g
     def inspect(number, outcomes) -> None:
         if number != 1:
             return
-        if config.reference is None or column.identity == prepared.identity:
+        if config.reference is None or identity == prepared.identity:
             say(str(check_start(outcomes, objective, suspects)))
         else:
             say(f"{start_report(outcomes, objective)}; the reference is not the start")

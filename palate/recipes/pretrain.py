@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from palate.recipes.plan import auto_rate, dry_run
+from palate.recipes.rows import anything
 from palate.recipes.training import Ending, TrainConfig, TrainingConfig, open_folder, prepare, train
 from palate.recipes.verbs import fell, number, stderr
 
@@ -75,7 +76,7 @@ def run(
         config,
         read,
         completion_nll,
-        usable=lambda group: None,
+        usable=anything,
         say=say,
         pieces=tokenize_text,
         rate_of=rate,

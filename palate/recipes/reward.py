@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from palate.errors import UsageError
 from palate.recipes.normalise import as_groups, draw, moments
 from palate.recipes.plan import auto_rate, dry_run
+from palate.recipes.rows import with_signal
 from palate.recipes.training import Ending, TrainingConfig, open_folder, prepare, train
 from palate.recipes.verbs import number, stderr
 
@@ -71,7 +72,7 @@ def run(
 
     stop: as for `train`.
     """
-    from palate.data.tokens import without_signal
+    from palate.data.table import joined
     from palate.sampling.judge import open_judge
     from palate.train.objectives import reward
 
@@ -86,12 +87,12 @@ def run(
         config,
         partial(read, config, watched),
         lambda numerics: reward("bradley_terry", numerics, margin=config.margin, centring=config.centring),
-        usable=lambda group: "pairs without signal" if without_signal(group) else None,
+        usable=with_signal,
         say=say,
         rate_of=learning_rate,
         built=partial(with_head, config, watched),
     )
-    check_margins(config, [*prepared.rows.train, *prepared.rows.held])
+    check_margins(config, joined(prepared.rows.train, prepared.rows.held))
     if config.dry_run:
         return dry_run(config, prepared, say)
     return train(

@@ -111,10 +111,11 @@ def reward_identity(name: str) -> str:
 
 def check_room(config, prepared, bound: int | None = None) -> None:
     """Nothing, where each prompt leaves room for a completion; else UsageError (E308). bound: default, the context."""
+    from palate.data.table import Lengths, joined
     from palate.model.load import context
 
     bound = bound or context(prepared.loaded.model)
-    longest = max(len(group.prompt) for group in [*prepared.rows.train, *prepared.rows.held])
+    longest = int(Lengths.of(joined(prepared.rows.train, prepared.rows.held)).prompt.max())
     if bound is not None and longest + config.max_tokens > bound:
         what = f"the longest prompt, {longest} tokens, and --max-tokens {config.max_tokens} exceed the limit of {bound}"
         hint = f"use --max-length {max(2, bound - config.max_tokens)}, which cuts prompts at their start"

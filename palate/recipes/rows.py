@@ -1,15 +1,17 @@
 """Rows of a data file to groups of tokens, and the count of all that happened to them on the way."""
 
 import hashlib
+import heapq
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from palate.errors import DataError
+from palate.recipes.kept import Recipe, tokens_kept
 from palate.recipes.verbs import Say, check_new_file
 
 
@@ -34,13 +36,15 @@ class Reading:
         usable: Callable,
         role: str = "train",
         pieces: Callable | None = None,
-    ) -> list[tuple]:
-        """(record, group) of every row that can be used; the others stop the run, or are kept aside under skip.
+        say: Say = lambda text: None,
+    ) -> tuple[Sequence, Any]:
+        """The groups of every row that can be used, and their prompts' keys, (G, 2) uint64; other rows stop the run, or
+        are kept aside under skip.
 
         usable: (group) -> None, or why the group cannot teach anything. pieces: (record, tokenizer, max_length=) -> its
         groups, where a row may be several. Raises DataError (E200) naming the first 20.
         """
-        from palate.data.tokens import tokenize
+        from palate.data.table import as_keys
 
         self.sources += [dict(source, role=role) for source in records.sources]
         if role == "train":  # "rows" are those of --data; what became of the others is counted too
@@ -48,43 +52,26 @@ class Reading:
         self.counts.update({f"dropped ({reason})": n for reason, n in records.dropped.items()})
         self.counts["refused"] += len(records.rejected)
         self.rejects += [(raw, message) for _, raw, _, message in records.rejected]
-        kept, refused = [], []
-        for record in records:
-            try:
-                cut = (pieces or tokenize)(record, tokenizer, max_length=limit)
-            except DataError as error:
-                refused.append((record, error))
-                continue
-            groups = cut if isinstance(cut, list) else [cut]
-            if (reason := usable(groups[0])) is not None:
-                self.counts[reason] += 1
-                continue
-            self._notice(record, groups[0], tokenizer)
-            if len(groups) > 1:
-                self.counts["longer than --max-length"] += 1
-                self.counts["pieces of these"] += len(groups)
-            kept += [(record, group) for group in groups]
-        if refused and config.bad_rows == "stop":
-            lines = "\n".join(str(error) for _, error in refused[:20])
-            raise DataError(
-                f"{len(refused)} of {len(records)} rows cannot be used; the first:\n{lines}",
-                code="E200",
-                next="mend these rows, or use --bad-rows skip",
-            )
-        self.counts["refused"] += len(refused)
-        self.rejects += as_they_stood(refused, config.format)
-        return kept
+        recipe = Recipe(tokenizer, limit, usable, pieces)
 
-    def _notice(self, record, group, tokenizer) -> None:
-        from palate.data.tokens import control_text, ends_with_end_text
+        def make() -> tuple[Iterator, dict[str, Any]]:
+            facts: dict[str, Any] = {"counts": {}, "rejects": []}
+            return _tokenised(records, recipe, config, facts), facts
 
-        completions = [text for text in texts_of(record) if text is not record.prompt]
-        ended = any(ends_with_end_text(text, tokenizer) for text in completions)
-        self.counts["ending in the end token's text, not doubled"] += ended
-        own = group.cut[:1] if group.label is not None else group.cut  # of feedback, not the mismatched completion
-        self.counts["with control text, kept as text"] += any(control_text(t, tokenizer) for t in texts_of(record))
-        self.counts["prompts cut"] += group.prompt_cut > 0
-        self.counts["rows with a cut completion"] += any(own)
+        kept = tokens_kept(records, recipe, make, say)
+        if kept is not None:
+            groups, facts = kept
+            marks = groups.marks
+        else:
+            rows, facts = make()
+            groups, marks = [], []
+            for group, mark in rows:
+                groups.append(group)
+                marks.append(mark)
+            marks = as_keys(marks)
+        self.counts.update(facts["counts"])
+        self.rejects += [(raw, message) for raw, message in facts["rejects"]]
+        return groups, marks
 
     def summary(self) -> str:
         """One line for the screen."""
@@ -92,12 +79,77 @@ class Reading:
         return ", ".join(shown + [f"{n} {name}" for name, n in self.counts.items() if name != "rows" and n])
 
 
+def _tokenised(records, recipe: Recipe, config, facts: dict[str, Any]) -> Iterator[tuple[Any, bytes]]:
+    """(group, 16 bytes that stand for its prompt) of every row that can be used.
+
+    facts: filled with counts of rows by what became of them, and the rejects.
+    """
+    from palate.data.tokens import tokenize
+
+    counts, refused, tokenizer = Counter(), [], recipe.tokenizer
+    for record in records:
+        try:
+            cut = (recipe.pieces or tokenize)(record, tokenizer, max_length=recipe.limit)
+        except DataError as error:
+            refused.append((record, error))
+            continue
+        groups = cut if isinstance(cut, list) else [cut]
+        if (reason := recipe.usable(groups[0])) is not None:
+            counts[reason] += 1
+            continue
+        _notice(counts, record, groups[0], tokenizer)
+        if len(groups) > 1:
+            counts["longer than --max-length"] += 1
+            counts["pieces of these"] += len(groups)
+        mark = bytes.fromhex(prompt_key(record))
+        yield from ((group, mark) for group in groups)
+    if refused and config.bad_rows == "stop":
+        lines = "\n".join(str(error) for _, error in refused[:20])
+        raise DataError(
+            f"{len(refused)} of {len(records)} rows cannot be used; the first:\n{lines}",
+            code="E200",
+            next="mend these rows, or use --bad-rows skip",
+        )
+    counts["refused"] += len(refused)
+    facts["counts"], facts["rejects"] = dict(counts), as_they_stood(refused, config.format)
+
+
+def _notice(counts: Counter, record, group, tokenizer) -> None:
+    from palate.data.tokens import control_text, ends_with_end_text
+
+    completions = [text for text in texts_of(record) if text is not record.prompt]
+    ended = any(ends_with_end_text(text, tokenizer) for text in completions)
+    counts["ending in the end token's text, not doubled"] += ended
+    own = group.cut[:1] if group.label is not None else group.cut  # of feedback, not the mismatched completion
+    counts["with control text, kept as text"] += any(control_text(t, tokenizer) for t in texts_of(record))
+    counts["prompts cut"] += group.prompt_cut > 0
+    counts["rows with a cut completion"] += any(own)
+
+
+def anything(group) -> None:
+    """Every group teaches something."""
+
+
+def with_signal(group) -> str | None:
+    """None; or that no completion of the group differs from the one it is preferred to."""
+    from palate.data.tokens import without_signal
+
+    return "pairs without signal" if without_signal(group) else None
+
+
+def with_order(group) -> str | None:
+    """None; or that the group's completions have no single order."""
+    from palate.data.batch import best_first
+
+    return None if best_first(group) else "rankings with ties"
+
+
 @dataclass(frozen=True)
 class Rows:
     """Tokenised data of a run. train, held: groups. keys: (C, 2) uint64 of the content of both, in order."""
 
-    train: list
-    held: list
+    train: Sequence
+    held: Sequence
     reading: Reading
     notes: list[str]
     keys: Any
@@ -119,29 +171,31 @@ def read_rows(
 
     records: of --data. other: of --eval, where that is data of its own. usable, pieces: as in `Reading.take`.
     """
-    from palate.data.table import row_keys
+    import numpy as np
+
+    from palate.data.table import distinct, joined, pick, row_keys
     from palate.data.tokens import notes
 
     chat = any(not isinstance(record.prompt, str) for record in records[:1])
     for note in [*records.notes, *records.warnings, *notes(tokenizer, chat)]:
         say(f"data: {note}")
     reading = Reading()
-    pairs = reading.take(records, tokenizer, limit, config, usable=usable, pieces=pieces)
-    if config.eval == "none":
-        held = []
-    elif config.eval == "auto":
-        held_prompts = held_out([prompt_key(record) for record, _ in pairs], config.seed)
-        held = [group for record, group in pairs if prompt_key(record) in held_prompts]
-        pairs = [(record, group) for record, group in pairs if prompt_key(record) not in held_prompts]
-    else:
-        held_pairs = reading.take(other, tokenizer, limit, config, usable=usable, role="eval", pieces=pieces)
-        shared = {prompt_key(record) for record, _ in pairs} & {prompt_key(record) for record, _ in held_pairs}
+    train, marks = reading.take(records, tokenizer, limit, config, usable=usable, pieces=pieces, say=say)
+    held: Sequence = []
+    if config.eval == "auto":
+        places, number = distinct(marks)
+        chosen = np.zeros(len(places), dtype=bool)
+        chosen[earliest(marks[places].tobytes(), config.seed)] = True
+        aside = chosen[number]
+        train, held = pick(train, np.flatnonzero(~aside)), pick(train, np.flatnonzero(aside))
+    elif config.eval != "none":
+        held, others = reading.take(other, tokenizer, limit, config, usable=usable, role="eval", pieces=pieces, say=say)
+        _, number = distinct(np.concatenate([marks, others]))
+        shared = np.intersect1d(number[: len(marks)], number[len(marks) :])
         reading.counts["prompts shared with eval"] = len(shared)
-        held = [group for _, group in held_pairs]
-    train = [group for _, group in pairs]
-    if not train:
+    if not len(train):
         raise DataError(f"no row of {config.data} is left to train on", code="E104", next="look at the counts above")
-    return Rows(train, held, reading, list(records.notes), row_keys([*train, *held]))
+    return Rows(train, held, reading, list(records.notes), row_keys(joined(train, held)))
 
 
 def prompt_key(record) -> str:
@@ -152,8 +206,15 @@ def prompt_key(record) -> str:
 
 def held_out(keys: Sequence[str], seed: int) -> set[str]:
     """5 % of the distinct prompts, at most 300, by a hash of (seed, prompt): the same however the file is ordered."""
-    distinct = sorted(set(keys), key=lambda key: hashlib.blake2b(f"{seed} {key}".encode()).digest())
-    return set(distinct[: min(300, len(distinct) // 20)])
+    distinct = sorted(set(keys))
+    return {distinct[at] for at in earliest(b"".join(map(bytes.fromhex, distinct)), seed)}
+
+
+def earliest(keys: bytes, seed: int) -> list[int]:
+    """As `held_out`: the numbers of those chosen among distinct keys of 16 bytes, which lie one behind the other."""
+    head, digits = f"{seed} ".encode(), keys.hex().encode()
+    hashed = ((hashlib.blake2b(head + digits[at : at + 32]).digest(), at // 32) for at in range(0, len(digits), 32))
+    return [number for _, number in heapq.nsmallest(min(300, len(keys) // 16 // 20), hashed)]
 
 
 def as_they_stood(refused: Sequence[tuple[Any, DataError]], format: str | None = None) -> list[tuple[str, str]]:

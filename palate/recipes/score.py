@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from palate.errors import DataError
-from palate.recipes.rows import Reading, rejects_file, write_rejects
+from palate.recipes.rows import Reading, anything, rejects_file, write_rejects
 from palate.recipes.verbs import (
     InputConfig,
     check_model_options,
@@ -59,8 +59,8 @@ def run(config: ScoreConfig, *, verb: str = "score", argv=(), say=stderr, panel=
         other = with_own_tokenizer(load(config.reference, revision=revision, **options))
         check_same_tokenizer(policy.tokenizer, other.tokenizer)
     reading = Reading()
-    kept = reading.take(records, policy.tokenizer, max_length(config, policy.model), config, usable=lambda group: None)
-    groups = [group for _, group in kept]
+    limit = max_length(config, policy.model)
+    groups, _ = reading.take(records, policy.tokenizer, limit, config, usable=anything)
     if not groups:
         raise DataError(f"no row of {config.data} is left to score", code="E104", next="look at the messages above")
     if not any(group.completions for group in groups):

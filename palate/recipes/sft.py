@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from palate.recipes.plan import dry_run
+from palate.recipes.rows import anything
 from palate.recipes.training import TrainingConfig, Watch, open_folder, prepare, train
 from palate.recipes.verbs import fell, number, stderr
 
@@ -45,7 +46,7 @@ def run(
         bad_rows=config.bad_rows,
         turns=config.turns,
     )
-    prepared = prepare(config, read, completion_nll, usable=lambda group: None, say=say)
+    prepared = prepare(config, read, completion_nll, usable=anything, say=say)
     if config.dry_run:
         return dry_run(config, prepared, say)
     return train(

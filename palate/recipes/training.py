@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from palate.errors import AwaitsVotes, CheckpointError, Interrupted, NotBetterError, PalateError, UsageError
+from palate.recipes.kept import read_kept, refuse_shared
 from palate.recipes.plan import Foreseen, PlanConfig, auto_rate, check_disk, forget_peak, memory_plan, peak_memory
 from palate.recipes.retain import Retention, retention_lines
 from palate.recipes.rows import Rows, read_rows, strings_of
@@ -139,7 +140,6 @@ def prepare(
     model that is trained in its place, such as one with another head. pieces: see `Reading.take`. rate_of: (config,
     parameters) -> learning rate, reason.
     """
-    from palate.data.sources import refuse_shared_rows
     from palate.data.stream import count_steps
     from palate.data.template import load_template
     from palate.model.adapters import add_lora
@@ -150,10 +150,10 @@ def prepare(
 
     check_model_options(config, config.model, getattr(config, "reference", None))
     forget_peak()  # of a run before this one in the same process
-    records = read(config.data)  # bad rows are named before a model is loaded
-    other = read(config.eval) if config.eval not in ("auto", "none") else None
+    records = read_kept(read, config.data, say)  # bad rows are named before a model is loaded
+    other = read_kept(read, config.eval, say) if config.eval not in ("auto", "none") else None
     if other is not None:
-        refuse_shared_rows(records, other)
+        refuse_shared(records, other, say)
     ahead = config.dry_run and config.plan.processes is not None  # of machines that are elsewhere: nothing is loaded
     code = dict(trust_remote_code=config.trust_remote_code, revision=config.revision)
     if ahead:
@@ -382,8 +382,8 @@ def train(
 def _train(
     config, run, prepared, say, panel, annotate, facts, better, verdict, retention, stop, ending, own, watch
 ) -> dict[str, Any]:
-    from palate.data.batch import stream_length
     from palate.data.stream import count_tokens, stream
+    from palate.data.table import Lengths
     from palate.distributed import Ranks
     from palate.evaluation.preference import evaluate
     from palate.reference import content_digest
@@ -415,8 +415,8 @@ def _train(
         # a rehearsal takes a second or two, which rounds and sweeps of short runs would pay again and again
         needs = memory_plan(config, prepared) if own is None and config.report else None
         foreseen: dict[str, Any] = {"peak_bytes": needs.peak} if isinstance(needs, Foreseen) else {}
-        if own is None and all(group.label is None for group in rows.train):  # KTO runs other prompts' completions too
-            lengths = [stream_length(group) for group in rows.train]
+        if own is None and rows.train[0].label is None:  # KTO runs other prompts' completions too
+            lengths = Lengths.of(rows.train).stream
             foreseen["tokens"] = count_tokens(lengths, config.batch, config.epochs, config.steps, seed=config.seed)
         run.status("running", plan={"steps": prepared.steps} | foreseen)
     if rows.reading.rejects:

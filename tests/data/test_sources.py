@@ -348,3 +348,54 @@ def test_any_bytes_end_in_our_errors(tmp_path, content, ending):
     for read in (read_pairs, read_demonstrations, read_feedback, read_prompts):
         with contextlib.suppress(RefusedError):
             read(path)
+
+
+# without holding
+
+
+@pytest.mark.parametrize("read", [read_pairs, read_demonstrations])
+def test_records_that_are_not_held_are_the_same(tmp_path, read):
+    """Same rows, same story, however often they are asked for; a row that was refused stays out."""
+    swapped = dict(prompt="p1", chosen=ROWS[1]["rejected"], rejected=ROWS[1]["chosen"])
+    rows = [
+        *ROWS,
+        ROWS[3],
+        swapped,
+        {"prompt": "p", "chosen": "a"},
+        dict(ROWS[3], id="x"),
+        dict(ROWS[5], id="x"),
+        *ROWS[:2],
+    ]
+    path = write(tmp_path / "rows.jsonl", rows)
+    held, loose = (read(path, bad_rows="skip", hold=hold) for hold in (True, False))
+    for _ in range(2):
+        assert list(loose) == list(held)
+    assert [loose[i] for i in (0, 5, -1)] == [held[i] for i in (0, 5, -1)]
+    assert loose[2:9:3] == held[2:9:3]
+    assert loose[::-4] == held[::-4]
+    for name in ("sources", "dropped", "rejected", "notes", "warnings"):
+        assert getattr(loose, name) == getattr(held, name)
+    assert len(loose) == len(held) == len(rows) - 2
+    known = read(path, bad_rows="skip", known=loose)
+    assert list(known) == list(held)
+    write(path, rows[::-1])
+    with pytest.raises(DataError, match="changed"):
+        list(loose)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("abc"), st.booleans()), max_size=12))
+def test_repeated_rows_are_those_that_a_dictionary_finds(rows):
+    from palate.data.sources import _Hashes
+
+    hashes, seen, twice, turned = _Hashes(), {}, [], []
+    for line, (one, two, pair) in enumerate(rows, start=1):
+        key, other = hash((one, two, pair)), hash((two, one, pair)) if pair else None
+        hashes.add(key, other, line % 2, line)
+        place = (line % 2, line)
+        if key in seen:
+            twice.append((seen[key], place))
+        seen.setdefault(key, place)
+        if other is not None and other in seen:
+            turned.append((seen[other], place))
+    assert hashes.repeated() == [(len(twice), twice[:3]), (len(turned), turned[:3])]

@@ -93,6 +93,9 @@ def test_picks_and_joins_carry_lengths_keys_and_references(one, two, data):
     assert [group.reference for group in table] == annotated
     assert [group.reference for group in table.pick(places)] == [annotated[at] for at in places]
     assert [group.reference for group in joined(table[1:], table[:1])] == annotated[1:] + annotated[:1]
+    halves = [table[:1], TokenTable.with_reference(table[1:], -values[first[1] if one else 0 :])]
+    flipped = [tuple(-value for value in group) for group in annotated[1:]]
+    assert [group.reference for group in joined(*halves)] == annotated[:1] + flipped
     bare = TokenTable.of(one)
     same(pick(bare, places), pick(one, places))
     for mixed in (joined(bare, two), joined(bare.pick(places), two), joined(two, bare[::-1])):
