@@ -14,6 +14,7 @@ import torch
 from palate.errors import ModelError, UsageError
 from palate.model import Model
 from palate.model.heads import scalar_head
+from palate.model.quantized import is_quantized, restore
 
 
 def add_lora(
@@ -90,9 +91,15 @@ def reference_mode(model: Model) -> Iterator[Model]:
 
 
 def merged_copy(model: Model) -> Model:
-    """A plain transformers model in eval mode with the adapter added to its weights; `model` itself stays as it is."""
+    """A plain transformers model in eval mode with the adapter added to its weights; `model` itself stays as it is.
+
+    Weights in 4 bits are made whole for it, on the CPU.
+    """
     if not is_adapted(model):
         raise ValueError("the model has no adapter to merge")
-    plain = copy.deepcopy(model).merge_and_unload(safe_merge=True)
+    plain = copy.deepcopy(model)
+    if is_quantized(plain):
+        restore(plain)
+    plain = plain.merge_and_unload(safe_merge=True)
     plain.__dict__.pop("peft_config", None)
     return plain.requires_grad_(True).eval()

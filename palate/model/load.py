@@ -37,6 +37,8 @@ from palate.model.checks import (
     refuse_weights,
 )
 from palate.model.fingerprint import base_fingerprint, fingerprint
+from palate.model.quantized import adopt, is_quantized, need_bitsandbytes
+from palate.model.quantized import quantize as quantized
 from palate.model.sizes import SIZES
 from palate.model.tokenizer import check_same_tokenizer as check_same_tokenizer
 from palate.model.tokenizer import same_tokenizer as same_tokenizer
@@ -79,6 +81,7 @@ def load(
     trust_remote_code: bool = False,
     revision: str | None = None,
     seed: int = 0,
+    quantize: str | None = None,
 ) -> LoadedModel:
     """The causal language model that `name` stands for, in eval mode, and its tokenizer.
 
@@ -87,6 +90,8 @@ def load(
     dtype: "float32", "bfloat16", "float16" or "float64": what the weights are held in.
     device: "cpu", "cuda", "mps" or "auto", which takes what is there.
     trust_remote_code: run Python that comes with the model; needs `revision`, the 40-digit commit that was read.
+    quantize: "4bit" holds the linear layers but the head frozen in 4 bits (`palate.model.quantized`); a folder is
+        rounded weight by weight as it is read, anything else once it is there.
 
     Raises NotThereError, UsageError, MachineError and ModelError: E401 files missing, E402 pickles, E403 remote code,
     E404 damaged weights, E405 shard index, E406 not finite, E407 vocabulary, E409 adapter of another base, E411 not
@@ -100,7 +105,17 @@ def load(
             code="E308",
             next="give the full 40-digit revision as well",
         )
-    how = _How(dtype, device, trust_remote_code, revision, seed)
+    how = _How(dtype, device, trust_remote_code, revision, seed, quantize is not None)
+    if not how.quantize:
+        return _load(text, how)
+    need_bitsandbytes()
+    loaded = _load(text, how)
+    if not is_quantized(loaded.model):
+        quantized(loaded.model)
+    return loaded
+
+
+def _load(text: str, how: "_How") -> LoadedModel:
     if text.startswith(builtin.PREFIX):
         return _named(_from_folder(text, builtin.model_folder(text), how), text)
     if text.startswith("new:"):
@@ -115,7 +130,13 @@ def load(
     return _named(_from_folder(text, _snapshot(text, how), how), text)
 
 
-def outline(name: str | os.PathLike, *, trust_remote_code: bool = False, revision: str | None = None) -> LoadedModel:
+def outline(
+    name: str | os.PathLike,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    quantize: str | None = None,
+) -> LoadedModel:
     """`load` without weights: config and tokenizer are read, and the model's parameters stand on the meta device.
 
     For plans, where a model may be larger than the machine. name: as for `load`, but no adapter and no GGUF file.
@@ -151,6 +172,8 @@ def outline(name: str | os.PathLike, *, trust_remote_code: bool = False, revisio
                 folder, local_files_only=True, trust_remote_code=how.trust_remote_code, revision=how.revision
             )
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=how.trust_remote_code)
+    if quantize is not None:
+        quantized(model)
     return LoadedModel(model.eval(), tokenizer, text, folder)
 
 
@@ -166,6 +189,7 @@ class _How:
     trust_remote_code: bool
     revision: str | None
     seed: int
+    quantize: bool = False
 
 
 def save(
@@ -179,7 +203,8 @@ def save(
 ) -> Path:
     """The folder, which now holds what `from_pretrained` reads: safetensors, config, tokenizer, template, card.
 
-    A model with an adapter is written merged, and the adapter alone into `adapter` (default: beside `folder`).
+    A model with an adapter is written merged, and the adapter alone into `adapter` (default: beside `folder`); weights
+    in 4 bits are written whole, in float32, as they were trained over, which is not what they were rounded from.
     The weights keep the dtype they have; tied weights are written once. The folder appears whole or not at all. Before
     that it is loaded again: its weights and its logits on a probe must be the same bits (with an adapter, the logits
     the same up to the rounding of the merge); otherwise ModelError, and nothing is there. A folder that already holds
@@ -424,8 +449,12 @@ def _snapshot(hub_id: str, how: _How, weights: bool = True) -> Path:
 
 
 def _pretrained(folder: Path, how: _How, **extra) -> Model:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    streamed = how.quantize and not extra  # each weight is rounded as it is read
+    if streamed:
+        fourbit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=False)
+        extra = {"quantization_config": fourbit, "device_map": {"": str(how.device)}}
     with _refusing(str(folder), "E404"), quiet():
         model, told = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -446,7 +475,7 @@ def _pretrained(folder: Path, how: _How, **extra) -> Model:
                 code="E404",
                 next="download the model again, or check that config.json belongs to it",
             )
-    return model.to(how.device)
+    return adopt(model) if streamed else model.to(how.device)
 
 
 def _tokenizer(folder: Path, how: _How, **extra):
@@ -651,7 +680,7 @@ def _verify(model: Model, plain: Model, folder: Path) -> None:
             next="see what was changed besides the weights: .to(dtype), for one, rounds rotary frequencies",
         )
     if plain is not model and plain.dtype in (torch.float32, torch.float64):
-        gap = float((_probe(model) - got).abs().max())
+        gap = float((_probe(model).to(got.device) - got).abs().max())
         if gap > 1e-3 * max(1.0, float(got.abs().max())):
             raise ModelError(
                 f"merging the adapter moved a logit by {gap:.2g}", where=str(folder), code="E404", next=_REPORT
@@ -705,6 +734,8 @@ def _device(value: str | torch.device) -> torch.device:
 
 
 def _dtype_name(model: Model) -> str:
+    if is_quantized(model):
+        return "nf4"
     return str(next(iter(model.parameters())).dtype).removeprefix("torch.")
 
 

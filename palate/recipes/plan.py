@@ -82,14 +82,16 @@ def plan_lines(
     needs: of `memory_plan`; without, what the run's rows take is not known. seconds: of a step.
     """
     from palate.data.table import Lengths
+    from palate.model.quantized import count_weights, is_quantized
     from palate.scoring import support
 
     model = loaded.model
+    quantized = " (linear layers in 4 bits)" if is_quantized(model) else ""
     needs = needs or Estimated("its rows are made on the way", memory_needs(config, model, config.train.tokens))
     weights, each, kept = disk_needs(config, model)
     lengths = Lengths.of(rows.train).stream
     lines = [
-        f"model      {loaded.name}: {model.num_parameters():,} parameters, {support(model).path} prompts"
+        f"model      {loaded.name}: {count_weights(model):,} parameters{quantized}, {support(model).path} prompts"
         + (f" ({support(model).reason})" if support(model).reason else ""),
         f"data       {rows.summary()}",
         f"tokens     {lengths.sum():,} in streams; a row has {lengths.min()} to {lengths.max()}",
@@ -395,7 +397,9 @@ def forget_peak() -> None:
 
 def disk_needs(config, model) -> tuple[int, int, int]:
     """Bytes of the saved model, bytes of a checkpoint, and how many of these are kept: the last ones and the best."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    from palate.model.quantized import count_weights, is_quantized
+
+    weights = 4 * count_weights(model) if is_quantized(model) else _bytes_of(model)
     return weights, 3 * sum(p.numel() * 4 for p in model.parameters() if p.requires_grad), config.train.keep + 1
 
 

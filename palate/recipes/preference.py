@@ -15,7 +15,7 @@ from palate.errors import UsageError
 from palate.recipes.plan import dry_run
 from palate.recipes.retain import read_retained, retention
 from palate.recipes.rows import anything, with_order, with_signal
-from palate.recipes.training import TrainingConfig, Watch, open_folder, prepare, train
+from palate.recipes.training import Quantize, TrainingConfig, Watch, open_folder, prepare, train
 from palate.recipes.verbs import every_tenth, fell, number, stderr
 
 
@@ -30,6 +30,7 @@ class PreferenceConfig(TrainingConfig):
         dict[str, float | bool | int], Field(description="Options of the loss, by its own names")
     ] = {}
     beta: Annotated[float | None, Field(description="Short for loss_options.beta")] = None
+    quantize: Quantize = None
     retain: Annotated[
         str,
         Field(description="Demonstrations that must stay likely; auto: built-in ones for models made from ours; none"),

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from palate.recipes.plan import dry_run
 from palate.recipes.rows import anything
-from palate.recipes.training import TrainingConfig, Watch, open_folder, prepare, train
+from palate.recipes.training import Quantize, TrainingConfig, Watch, open_folder, prepare, train
 from palate.recipes.verbs import fell, number, stderr
 
 
@@ -17,6 +17,7 @@ class SftConfig(TrainingConfig):
     turns: Annotated[
         Literal["all", "last"], Field(description="Which assistant turns of a conversation are trained")
     ] = "all"
+    quantize: Quantize = None
 
 
 def run(

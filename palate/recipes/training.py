@@ -34,6 +34,12 @@ class TrainConfig(UpdateConfig):
     keep: Annotated[int, Field(ge=1, description="Checkpoints to keep besides the best")] = 2
 
 
+Quantize = Annotated[
+    Literal["4bit"] | None,
+    Field(description="Hold what lies under --lora-rank in 4 bits (QLoRA; needs palate[quantize]); default: off"),
+]
+
+
 class TrainingConfig(InputConfig):
     """Options of every training verb."""
 
@@ -85,6 +91,9 @@ class TrainingConfig(InputConfig):
                 code="E316",
                 next="drop it, or give --lora-rank",
             )
+        if getattr(self, "quantize", None) is not None and self.lora_rank is None:
+            what = "weights in 4 bits cannot be trained"
+            raise UsageError(what, where="quantize", code="E308", next="add --lora-rank 16, or drop it")
         if self.train.optimizer == "rmsprop":
             for name in ("beta1", "beta2"):
                 if getattr(self.train, name) == TrainConfig.model_fields[name].default:
@@ -144,6 +153,7 @@ def prepare(
     from palate.data.template import load_template
     from palate.model.adapters import add_lora
     from palate.model.load import load, outline, with_tokenizer
+    from palate.model.quantized import count_weights
     from palate.model.recompute import enable_recompute
     from palate.reference import reference_identity
     from palate.scoring import Numerics, support
@@ -155,7 +165,11 @@ def prepare(
     if other is not None:
         refuse_shared(records, other, say)
     ahead = config.dry_run and config.plan.processes is not None  # of machines that are elsewhere: nothing is loaded
-    code = dict(trust_remote_code=config.trust_remote_code, revision=config.revision)
+    code = dict(
+        trust_remote_code=config.trust_remote_code,
+        revision=config.revision,
+        quantize=getattr(config, "quantize", None),
+    )
     if ahead:
         loaded = outline(config.model, **code)
     else:
@@ -164,6 +178,8 @@ def prepare(
         loaded = with_tokenizer(loaded, strings_of(records))
     for note in loaded.notes:
         say(f"model: {note}")
+    if code["quantize"]:
+        say("model: linear layers in 4 bits; what is saved has them whole, as they were rounded")
     if config.chat_template is not None:
         load_template(config.chat_template, loaded.tokenizer)
     if built is not None:
@@ -190,7 +206,7 @@ def prepare(
         loaded = replace(loaded, model=model)
     if config.train.checkpointing:
         enable_recompute(model)
-    rate, reason = rate_of(config, loaded.model.num_parameters())
+    rate, reason = rate_of(config, count_weights(loaded.model))
     steps = count_steps(len(rows.train), config.batch, config.epochs, config.steps)
     return Prepared(loaded, rows, objective_of(numerics), precision, rate, reason, steps, identity)
 

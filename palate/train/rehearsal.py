@@ -22,6 +22,7 @@ from palate.data.tokens import TokenGroup
 from palate.errors import ModelError
 from palate.model.attention import forget_masks
 from palate.model.heads import scalar_head
+from palate.model.quantized import count_weights, is_quantized
 from palate.scoring import Numerics, scalars, sequence_logps, support, token_logps
 
 
@@ -82,9 +83,16 @@ def rehearse(
         casts=watch.peak - watch.peak_uncast,
         working=watch.peak - watch.kept,
         # a copy of what is saved is loaded again to be compared; an adapter is merged into a copy before
-        saving=weights * (2 if adapted else 1),
+        saving=_saving(model, weights) * (2 if adapted else 1),
         flops=watch.flops,
     )
+
+
+def _saving(model: nn.Module, weights: int) -> int:
+    """Bytes of what is written; weights in 4 bits are made whole on the CPU, where a GPU's memory has none of it."""
+    if not is_quantized(model):
+        return weights
+    return 4 * count_weights(model) if model.device.type == "cpu" else 0
 
 
 def _watched(model: nn.Module, batch: TokenBatch, numerics: Numerics, several: bool) -> "_Watch":
