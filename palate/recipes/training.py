@@ -157,9 +157,11 @@ def prepare(
     from palate.model.recompute import enable_recompute
     from palate.reference import reference_identity
     from palate.scoring import Numerics, support
+    from palate.train.loop import return_freed_memory
 
     check_model_options(config, config.model, getattr(config, "reference", None))
     forget_peak()  # of a run before this one in the same process
+    return_freed_memory()
     records = read_kept(read, config.data, say)  # bad rows are named before a model is loaded
     other = read_kept(read, config.eval, say) if config.eval not in ("auto", "none") else None
     if other is not None:
