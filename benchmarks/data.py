@@ -23,11 +23,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
+from tables import deliver, machine, options, shown, table
 from workload import environment
 
 SIZES, QUICK = (10_000, 100_000, 1_000_000), (100, 400)
@@ -157,6 +159,7 @@ def again(data: str, steps: int, trained: int) -> dict:
     assert column.scored == 0, "every score is in the store"
     looked_up = clock()["seconds"] - ready
     groups = with_reference(everything, column)[: len(made.rows.train)]
+    del column, everything  # as a run does
 
     def batches(epochs=10**6):
         return stream(groups, made.objective.collate, batch=BATCH, tokens=TOKENS, seed=0, epochs=epochs)
@@ -241,73 +244,78 @@ def run(cache: Path, part: str, **options) -> dict:
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
-def measure(args, folder: Path) -> list[dict]:
+def measure(args, folder: Path) -> Iterator[dict]:
     """A row a size and way to start, and one of the store."""
-    rows = []
     for size in args.sizes:
         data, cache = folder / f"{size}.jsonl", folder / f"cache-{size}"
         write_pairs(data, size)
         ways = [("first", "first", {"kept": True}), ("again", "again", {"steps": args.steps, "trained": args.trained})]
         if size <= args.lists:
             ways.insert(0, ("lists", "first", {"kept": False}))
-        for way, part, options in ways:
-            found = run(cache, part, data=str(data), **options)
-            rows.append({"way": way, "pairs": size, "file_bytes": data.stat().st_size, **found})
-            print(line_of(rows[-1]), flush=True)
+        for way, part, how in ways:
+            found = run(cache, part, data=str(data), **how)
+            yield {"way": way, "pairs": size, "file_bytes": data.stat().st_size, **found}
         data.unlink()
     if args.store:
         cache = folder / "cache-store"
         filled = run(cache, "fill", rows=args.store)
-        rows.append({"way": "store", **filled, **run(cache, "open", rows=args.store)})
-        print(line_of(rows[-1]), flush=True)
-    return rows
+        yield {"way": "store", **filled, **run(cache, "open", rows=args.store)}
 
 
-HEADER = (
-    "| pairs | way | s to start (computed) | MB own | MB resident | MB peak | data tokens/s (computed) "
-    "| model tokens/s (computed) |\n" + "|---" * 8 + "|"
-)
+HEAD = ["what", "way", "s to start (computed)", "MB own", "MB resident", "MB peak"]
+HEAD += ["data tokens/s (computed)", "model tokens/s (computed)"]
 
 
-def line_of(row: dict) -> str:
-    """The row as Markdown."""
-    memory = " | ".join(f"{row[name] / 1e6:.0f}" for name in ("own", "resident", "peak"))
+def cells(row: dict) -> list[str]:
+    """The row for people."""
+    memory = [f"{row[name] / 1e6:.0f}" for name in ("own", "resident", "peak")]
     if row["way"] == "store":
-        asked = f"{row['asked']:,} asked in {row['ask_seconds']:.2f} s"
-        return f"| {row['store_rows']:,} scores | store, {asked} | {row['open_seconds']:.3f} | {memory} | | |"
+        asked = f"opened, then {row['asked']:,} keys asked in {row['ask_seconds']:.2f} s"
+        start = f"{row['open_seconds']:.3f} ({row['open_cpu_seconds']:.3f})"
+        return [f"{row['store_rows']:,} scores", asked, start, *memory, "", ""]
     start = f"{row['start_seconds']:.2f} ({row['start_cpu_seconds']:.2f})"
     sides = [(f"{side}_tokens_per_second", f"{side}_tokens_per_cpu_second") for side in ("data", "model")]
     paces = [f"{row[one]:,.0f} ({row[two]:,.0f})" if one in row else "" for one, two in sides]
-    return f"| {row['pairs']:,} | {row['way']} | {start} | {memory} | {' | '.join(paces)} |"
+    return [f"{row['pairs']:,} pairs", row["way"], start, *memory, *paces]
 
 
-def main() -> None:
+def text(found: dict) -> str:
+    """The table for the docs."""
+    return table(HEAD, [cells(row) for row in found["rows"]])
+
+
+def main(argv: list[str] | None = None) -> None:
     """Parses, measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="hundreds of pairs, a small store")
     parser.add_argument("--sizes", type=int, nargs="+", help=f"pairs; default: {SIZES}")
     parser.add_argument("--lists", type=int, default=100_000, help="most pairs that are read into lists too")
-    parser.add_argument("--steps", type=int, help="steps of the data path; default: 2,000")
-    parser.add_argument("--trained", type=int, help="steps of the model; default: 20")
+    parser.add_argument("--steps", type=int, help="steps of the data path; default: 1,000")
+    parser.add_argument("--trained", type=int, help="steps of the model; default: 8")
     parser.add_argument("--store", type=int, help="rows of the store; default: 20,000,000; 0: none")
     parser.add_argument("--folder", help="where files and cache are made; default: a temporary folder")
-    parser.add_argument("--json", help="file for the rows")
     parser.add_argument("--part", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    options(parser)
+    args = parser.parse_args(argv)
     if args.part:
-        options = json.loads(args.part)
-        print(json.dumps(PARTS[options.pop("part")](**options)))
+        chosen = json.loads(args.part)
+        print(json.dumps(PARTS[chosen.pop("part")](**chosen)))
+        return
+    if args.given:
+        deliver(args, "data", json.loads(Path(args.given).read_text()), text)
         return
     defaults = dict(sizes=QUICK, steps=20, trained=2, store=50_000) if args.quick else {}
-    defaults = dict(sizes=SIZES, steps=2000, trained=20, store=20_000_000) | defaults
+    defaults = dict(sizes=SIZES, steps=1000, trained=8, store=20_000_000) | defaults
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    print(HEADER)
+    found: dict = {"machine": machine(), "command": shown("data.py", argv), "rows": []}
+    print(table(HEAD, []), flush=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        rows = measure(args, Path(folder))
-    if args.json:
-        Path(args.json).write_text(json.dumps({"rows": rows}, indent=2) + "\n")
+        for row in measure(args, Path(folder)):
+            found["rows"].append(row)
+            print("| " + " | ".join(cells(row)) + " |", flush=True)
+            deliver(args, "data", found, text)
 
 
 if __name__ == "__main__":

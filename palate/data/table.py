@@ -18,7 +18,7 @@ from palate.data.tokens import TokenGroup
 from palate.store import row_key
 
 BATCH = 4096  # rows of an Arrow record batch
-HELD = 128  # rows that are made before the pages under them are given back
+HELD = 32  # rows that are made before the pages under them, up to a MB a row, are given back
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,11 +99,11 @@ def joined(one: Sequence[TokenGroup], two: Sequence[TokenGroup]) -> Sequence[Tok
 class TokenTable(Sequence[TokenGroup]):
     """Rows of tables, as groups that are made on access; slices and picks share what lies under them.
 
-    rows: (G,) int64, of the whole below. reference: float64 nats of every completion of the whole, once annotated.
+    rows: (G,) int32, of the whole below. reference: float64 nats of every completion of the whole, once annotated.
     """
 
     def __init__(self, whole: "_Whole", rows: np.ndarray, reference: np.ndarray | None = None):
-        self._whole, self.rows, self._reference = whole, rows, reference
+        self._whole, self.rows, self._reference = whole, rows.astype(np.int32, copy=False), reference
 
     @classmethod
     def open(cls, path: Path) -> "TokenTable":
@@ -205,7 +205,7 @@ class _Whole:
         """(n, 2) uint64 of a column at these places."""
         found = self._joined([getattr(batch, name) for batch in self.batches], np.uint64).reshape(-1, 2)
         self.give_back()
-        return found if np.array_equal(places, np.arange(len(found))) else found[places]
+        return found[places]
 
     def group(self, row: int, reference: np.ndarray | None) -> TokenGroup:
         number = int(np.searchsorted(self.starts, row, side="right")) - 1

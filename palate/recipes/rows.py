@@ -4,9 +4,10 @@ import hashlib
 import heapq
 import json
 import os
+from binascii import hexlify
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,13 +147,20 @@ def with_order(group) -> str | None:
 
 @dataclass(frozen=True)
 class Rows:
-    """Tokenised data of a run. train, held: groups. keys: (C, 2) uint64 of the content of both, in order."""
+    """Tokenised data of a run. train, held: groups. hashed: their keys, where they are lists."""
 
     train: Sequence
     held: Sequence
     reading: Reading
     notes: list[str]
-    keys: Any
+    hashed: Any = None
+
+    @property
+    def keys(self) -> Any:
+        """(C, 2) uint64 of the content of train and held, in order; a table's are read, not held."""
+        from palate.data.table import joined, row_keys
+
+        return row_keys(joined(self.train, self.held)) if self.hashed is None else self.hashed
 
     @property
     def counts(self) -> dict[str, int]:
@@ -173,7 +181,7 @@ def read_rows(
     """
     import numpy as np
 
-    from palate.data.table import distinct, joined, pick, row_keys
+    from palate.data.table import TokenTable, distinct, pick
     from palate.data.tokens import notes
 
     chat = any(not isinstance(record.prompt, str) for record in records[:1])
@@ -195,7 +203,8 @@ def read_rows(
         reading.counts["prompts shared with eval"] = len(shared)
     if not len(train):
         raise DataError(f"no row of {config.data} is left to train on", code="E104", next="look at the counts above")
-    return Rows(train, held, reading, list(records.notes), row_keys(joined(train, held)))
+    rows = Rows(train, held, reading, list(records.notes))
+    return rows if isinstance(train, TokenTable) else replace(rows, hashed=rows.keys)  # hashed once
 
 
 def prompt_key(record) -> str:
@@ -212,8 +221,10 @@ def held_out(keys: Sequence[str], seed: int) -> set[str]:
 
 def earliest(keys: bytes, seed: int) -> list[int]:
     """As `held_out`: the numbers of those chosen among distinct keys of 16 bytes, which lie one behind the other."""
-    head, digits = f"{seed} ".encode(), keys.hex().encode()
-    hashed = ((hashlib.blake2b(head + digits[at : at + 32]).digest(), at // 32) for at in range(0, len(digits), 32))
+    head = f"{seed} ".encode()
+    hashed = (
+        (hashlib.blake2b(head + hexlify(keys[at : at + 16])).digest(), at // 16) for at in range(0, len(keys), 16)
+    )
     return [number for _, number in heapq.nsmallest(min(300, len(keys) // 16 // 20), hashed)]
 
 
