@@ -97,7 +97,7 @@ class ScoreStore:
             if not len(open_rows):
                 break
             open_rows = open_rows[np.argsort(keys[open_rows, 0])]  # neighbours lie on one page
-            at = segment.search(keys[open_rows])
+            at = segment.search(keys, open_rows)
             hits, at = open_rows[at >= 0], at[at >= 0]
             if not len(hits):
                 continue
@@ -121,7 +121,7 @@ class ScoreStore:
         self._refresh()
         new = np.isfinite(logp)
         for segment in [segment for segment in self._segments.values() if segment.tag == tag]:
-            at = segment.search(keys)
+            at = segment.search(keys, np.arange(len(keys)))
             hits = at >= 0
             if self._sound(segment, at[hits]):
                 new &= ~hits
@@ -278,9 +278,9 @@ class _Segment:
         checks = np.array(arrays.pop("check"))
         return cls(path.name, metadata["tag"], **arrays, checks=checks, checked=np.zeros(len(checks), dtype=bool))
 
-    def search(self, keys: np.ndarray) -> np.ndarray:
-        """(n,) int64: the row of each key, -1 where it is not here."""
-        return self._in_parts(lambda part: self._search(part[:, 0], part[:, 1]), keys)
+    def search(self, keys: np.ndarray, asked: np.ndarray) -> np.ndarray:
+        """(n,) int64: the row of each key that is asked for by its number, -1 where it is not here."""
+        return self._in_parts(lambda part: self._search(keys[part, 0], keys[part, 1]), asked)
 
     def _search(self, hi: np.ndarray, lo: np.ndarray) -> np.ndarray:
         at = np.searchsorted(self.hi, hi)
