@@ -374,12 +374,13 @@ def resident() -> int:
         return 0
 
 
-def peak_memory(model) -> int | None:
-    """The most bytes that were taken so far: of the GPU's memory, else of this process's; None where nobody says."""
+def peak_memory() -> int | None:
+    """The most bytes that were taken so far: of the GPU's memory where any was, else of this process's; None where
+    nobody says."""
     import torch
 
-    if model.device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
+    if torch.cuda.is_initialized() and (taken := torch.cuda.max_memory_allocated()):
+        return taken
     try:
         import resource
     except ImportError:  # Windows
@@ -388,7 +389,11 @@ def peak_memory(model) -> int | None:
 
 
 def forget_peak() -> None:
-    """Counts `peak_memory` of this process from now on, where the system can do so: Linux; elsewhere nothing."""
+    """Counts `peak_memory` from now on, of a process where the system can do so: Linux; elsewhere nothing."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 
 from palate.errors import DataError, Interrupted, MachineError, NotBetterError, PalateError, UsageError
 from palate.recipes import chain, stages
-from palate.recipes.plan import check_disk, refuse_plan
+from palate.recipes.plan import check_disk, forget_peak, peak_memory, refuse_plan
 from palate.recipes.rows import held_out, prompt_key
 from palate.recipes.training import MAY_CHANGE, TrainingConfig, open_folder, reported, resolved
 from palate.recipes.verbs import Say, aligned, check_model_options, number, stderr
@@ -273,6 +273,7 @@ def run(config: RoundsConfig, way: Way, *, verb: str, argv=(), say: Say = stderr
     out, ended = open_folder(config, verb, say)
     if ended is not None:
         return ended
+    forget_peak()  # of a run before this one in the same process
     chain.verify(out)
     this = Round(config, way, out, 1, config.model, config.model, way.read(), say)
     if config.dry_run:
@@ -359,6 +360,7 @@ def _rounds(this: Round, argv: list, panel) -> dict[str, Any]:
     """The rounds from the first unfinished one on; with --stage, that stage of it. this: round 1."""
     config, way, out = this.config, this.way, this.out
     first = begun_from(this, panel)
+    peaks = [peak_memory()]  # after every stage, for training counts its own
     if config.stage == "start":
         return {"out": str(out), "stage": config.stage, "summary": [stages.standing(this, config.stage)]}
     while (ended := end_of(config, chain.rows(out))) is None:
@@ -370,6 +372,7 @@ def _rounds(this: Round, argv: list, panel) -> dict[str, Any]:
         for stage in [config.stage] if config.stage else [name for name in way.stages if name not in BY_THE_WAY]:
             stages.check_ready(this, stage)
             stages.DO[stage](this, argv=argv, panel=panel)
+            peaks.append(peak_memory())
             if this.sealed:
                 break
         this.forget()
@@ -380,7 +383,8 @@ def _rounds(this: Round, argv: list, panel) -> dict[str, Any]:
                 this.tell(f"alarm: {alarm}")
         if config.stage is not None and end_of(config, chain.rows(out)) is None:
             return {"out": str(out), "stage": config.stage, "summary": [stages.standing(this, config.stage)]}
-    return finish(config, out, first, ended)
+    result = finish(config, out, first, ended)
+    return result | {"peak_bytes": max((peak for peak in peaks if peak is not None), default=None)}
 
 
 BY_THE_WAY = ("start", "score")  # the one is done before the rounds are, training does the other

@@ -545,7 +545,7 @@ def _train(
         "before": before,
         "after": after,
         "data": rows.counts,
-        "peak_bytes": peak_memory(model),
+        "peak_bytes": peak_memory(),
         **facts,
         **kept,
         "summary": [

@@ -43,6 +43,8 @@ def test_a_whole_run_and_its_chain(palate, options):
     table = json.loads(Path("run/rounds.json").read_text())
     assert [row["round"] for row in table["rounds"]] == [1, 2]
     assert result["rounds"] == table["rounds"]
+    ends = [json.loads(Path(f"run/rounds/{n:02d}/run.json").read_text())["result"] for n in (1, 2)]
+    assert result["peak_bytes"] >= max(end["peak_bytes"] for end in ends) > 2**26
     keys = "round parent pairs unparsed ties win_rate win_low win_high win_previous judge_accuracy length kl"
     for row in table["rounds"]:
         assert list(row)[:2] == ["round", "parent"] and not set(keys.split()) - set(row)
