@@ -14,7 +14,9 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
+
+from palate.report.words import spread
 
 START, PAIRS, HELD = "builtin:tiny", "builtin:reviews", "builtin:reviews/heldout"
 PROMPTS = "builtin:prompts[:300]"
@@ -139,12 +141,6 @@ def show(rows) -> str:
     return "\n".join(lines) + "\n"
 
 
-def spread(found: list[dict]) -> str:
-    """Mean win rate, and its standard deviation over seeds."""
-    rates = [r["win_rate"] for r in found]
-    return f"{mean(rates):.1%}" + (f" (sd {100 * stdev(rates):.1f} points)" if len(rates) > 1 else "")
-
-
 CLAIMS = {
     "lines that a user writes, a command each": lambda found, grid: str(found[0]["commands"]),
     "options set in them": lambda found, grid: str(found[0]["options"]),
@@ -152,7 +148,7 @@ CLAIMS = {
     "peak memory, mean": lambda found, grid: f"{mean(r['peak_bytes'] for r in found) / 2**30:.2f} GB",
     "seconds, mean": lambda found, grid: f"{mean(r['seconds'] for r in found):.0f}",
     "samples drawn, mean": lambda found, grid: f"{mean(r['samples'] for r in found):,.0f}",
-    "win rate over seeds": lambda found, grid: spread(found),
+    "win rate over seeds": lambda found, grid: spread([r["win_rate"] for r in found]),
     "KL over seeds, mean": lambda found, grid: f"{mean(r['kl'] for r in found):.1f} nats",
     "learning rates that end better": lambda found, grid: (
         f"{sum(r['verdict'] == 'better' for r in grid)} of {len(grid)}" if grid else "not measured"

@@ -30,7 +30,8 @@ TRIED = 96  # pairs of the trial that the plan is made from
 MADE = {".lock", "run.json", "config.yaml", "data.json", "metrics.jsonl", "samples.jsonl", "retention.json"}
 MADE |= {"reference.safetensors", "scoring", "checkpoints", "model", "compare", "report.html"}
 ROAD_FILE = "road.json"
-ROAD = {"data", "base", "sft", "dpo", "reward", "ppo", "spin", "self-reward", ROAD_FILE}  # what --full leaves besides
+# what --full leaves besides
+ROAD = {"data", "base", "sft", "dpo", "reward", "ppo", "short", "spin", "self-reward", ROAD_FILE}
 
 
 class DemoConfig(BaseModel):
@@ -267,6 +268,6 @@ def clear(out: Path) -> None:
     if foreign := sorted(name for name in left - MADE - ROAD if not (name.startswith(".") and name.endswith(".tmp"))):
         what = f"holds {foreign[0]}, which no demo made, beside an earlier demo"
         raise UsageError(what, where=str(out), code="E313", next="move it elsewhere, or take a new --out")
-    for lock in (*out.glob(".lock"), *out.glob("*/.lock")):
+    for lock in sorted(out.rglob(".lock")):
         Lock(lock).close()
     remove_tree(out)

@@ -2,22 +2,28 @@
 short rounds each of SPIN and Self-Rewarding, which need no preferences.
 
 Every stage is a verb's own run, its command printed. All ways start from one fine-tuned model; the first two read one
-file of pairs, and PPO samples and trains for about as long as DPO trains. What each took and what came of it ends in
-one table.
+file of pairs, and PPO samples and trains for about as long as DPO trains. In the time that is left both go short runs
+of one length: from several seeds, and at several learning rates. What each took and what came of it ends in one table.
 """
 
+import math
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from palate.recipes.verbs import aligned, number
+from palate.recipes.verbs import aligned
 
-# of the time; PPO gets what DPO took
-SHARES = {"pretrain": 0.20, "sft": 0.06, "dpo": 0.08, "reward": 0.06, "spin": 0.16, "self-reward": 0.22}
+# of the time; PPO gets what DPO took, and short runs at most their share of what is left
+SHARES = {"pretrain": 0.20, "sft": 0.06, "dpo": 0.08, "reward": 0.06, "spin": 0.16, "self-reward": 0.22, "trials": 0.14}
 MOST_REWARD = 76  # steps: two epochs
+PPO_RATE = 3e-4  # what `auto` is at this size
+SEEDS, TIMES = 3, (0.25, 1, 4)  # of short runs: how many, and multiples of the learning rate on the first
+SHORT = {"dpo": (16, 60), "ppo": (2, 30)}  # their fewest and most steps or rollouts
+TRIED = 150  # prompts that they are compared on
+OPENED = 2  # seconds of a short run that are no steps
 SMALL = 32  # texts or demonstrations of a step
 TEXT, FINE = 56, 37  # their mean tokens
 SELF_RATE = 1e-4  # of rounds on own samples
@@ -31,13 +37,28 @@ STARTED, ASKED = 40, 1.8  # steps that teach it to judge; a judgement's cost, in
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A short run. rate: its learning rate, so many times that of its way. n: comparisons; the rest: as a way's."""
+
+    run: str
+    seed: int
+    rate: float
+    times: float
+    n: int
+    win_rate: float
+    low: float
+    high: float
+    verdict: str
+
+
+@dataclass(frozen=True)
 class Way:
     """What one way from the fine-tuned model to the tuned one took, and what came of it.
 
     commands: that a user writes. models: in memory at once, in its hungriest stage. samples: drawn from a policy.
     seconds: of its commands, start-up apart. peak_bytes: the most memory of any of them; None where nobody says.
     win_rate, low, high: against the fine-tuned model, by the rule. kl: from it, nats a completion. reward: the rule's
-    mean.
+    mean. trials: its short runs, the first seed first; tried: what one is, as "16 steps".
     """
 
     name: str
@@ -53,6 +74,8 @@ class Way:
     verdict: str
     kl: float
     reward: dict[str, float]
+    trials: list[Trial] = field(default_factory=list)
+    tried: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,6 +124,11 @@ class Walker:
         options |= {"max_tokens": 96, "samples": 0, "seed": self.seed, "out": self.at(verb)}
         return self.go(verb, options, panel=None)
 
+    def trial(self, verb: str, name: str, steps: int, **options) -> None:
+        """A short run of a verb: nothing is held out, no page is made."""
+        options |= {"eval": "none", "steps": steps, "save_every": steps, "samples": 0, "report": False}
+        self.go(verb, options | {"out": self.at(name)}, panel=None)
+
     def compare(self, name: str) -> Stage:
         """A tuned model against the fine-tuned one, by the rule."""
         from palate.recipes.demo import comparison
@@ -148,21 +176,18 @@ def walk(config, told, argv=(), panel=None) -> dict[str, Any]:
 
     pairs = {"model": walker.at("sft"), "data": DATA, "eval": HELD, "batch": BATCH}
     steps = max(8, min(DPO_STEPS, int(seconds["dpo"] / pace.step)))
-    dpo = walker.train("dpo", "dpo", steps, **pairs, beta=BETA, lr=RATE, train={"tokens": TOKENS})
+    preferring = pairs | {"beta": BETA, "lr": RATE, "train": {"tokens": TOKENS}}
+    dpo = walker.train("dpo", "dpo", steps, **preferring)
     told.line("dpo", dpo.found["verdict"])
 
     steps = max(8, min(MOST_REWARD, int(seconds["reward"] / pace.step)))
     reward = walker.train("reward", "reward", steps, **pairs, train={"tokens": TOKENS})
     told.line("reward", reward.found["verdict"])
     rollouts = max(FEWEST, min(MOST, int((dpo.seconds - AROUND) / pace.rollout(EPISODES, PASSES))))
-    options = {
-        "model": walker.at("sft"),
-        "data": DATA,
-        "eval": "builtin:prompts[300:400]",
-        "reward": walker.at("reward"),
-    }
-    options |= {"batch": EPISODES, "passes": PASSES, "max_tokens": 96, "kl_coef": 0.2, "train": {"tokens": TOKENS}}
-    ppo = walker.train("ppo", "ppo", rollouts, PASSES, **options)
+    rewarded = {"model": walker.at("sft"), "data": DATA, "eval": "builtin:prompts[300:400]"}
+    rewarded |= {"reward": walker.at("reward"), "batch": EPISODES, "passes": PASSES, "max_tokens": 96}
+    rewarded |= {"kl_coef": 0.2, "lr": PPO_RATE, "train": {"tokens": TOKENS}}
+    ppo = walker.train("ppo", "ppo", rollouts, PASSES, **rewarded)
     told.line("ppo", ppo.found["verdict"])
 
     count = min(2800, asked_of(pace, seconds["spin"], 1, 0))
@@ -174,14 +199,56 @@ def walk(config, told, argv=(), panel=None) -> dict[str, Any]:
     judged = walker.rounds("self-reward", **options, lr=SELF_RATE, beta=BETA, start={"steps": STARTED})
     told.line("self", judged.found["verdict"])
 
-    drawn = CANDIDATES * (1 + JUDGED)
+    left = told.left() - 4 * (AROUND / 2 + 2 * COMPARED * pace.sampled) - AROUND  # comparisons and the page
+    tried = trials(walker, pace, min(left, seconds["trials"]), {"dpo": preferring, "ppo": rewarded})
+    sampled, drawn = rollouts * EPISODES + 256, CANDIDATES * (1 + JUDGED)
     ways = [
-        way("DPO", "dpo", [dpo], walker, models=1, samples=0),
-        way("reward model + PPO", "ppo", [reward, ppo], walker, models=4, samples=rollouts * EPISODES + 256),
+        way("DPO", "dpo", [dpo], walker, models=1, samples=0, **tried.get("dpo", {})),
+        way("reward model + PPO", "ppo", [reward, ppo], walker, models=4, samples=sampled, **tried.get("ppo", {})),
         way("SPIN", "spin", [spin], walker, models=1, samples=prompts_of(spin)),
         way("self-rewarding", "self-reward", [judged], walker, models=1, samples=drawn * prompts_of(judged)),
     ]
     return finish(config, told, walker, ways, argv)
+
+
+def trials(walker: Walker, pace, seconds: float, ways: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Short runs of DPO and PPO from SEEDS seeds, and of the first at TIMES their rates, all compared: fields of `Way`.
+
+    ways: by verb, the options of the whole runs. They have half the batch and take about one time. None where there is
+    too little of it.
+    """
+    from palate.recipes.demo import BATCH, DATA, comparison
+
+    grid = [(walker.seed + i, 1) for i in range(SEEDS)] + [(walker.seed, times) for times in TIMES if times != 1]
+    sizes, runs = {"dpo": BATCH // 2, "ppo": EPISODES // 2}, len(ways) * len(grid)
+    costs = {"dpo": pace.step / 2, "ppo": pace.rollout(sizes["ppo"], PASSES)}
+    around = AROUND / 2 + OPENED * runs + (runs + 1) * TRIED * pace.sampled
+    least = max(SHORT[verb][0] * cost for verb, cost in costs.items())
+    if (each := (seconds - around) / runs) < least:
+        more = (around + runs * least - seconds) / SHARES["trials"]
+        minutes = math.ceil((walker.told.seconds + more) / 60)
+        walker.told.line("trials", f"no other seed or learning rate is tried: that takes --minutes {minutes}")
+        return {}
+    steps, made = {verb: min(SHORT[verb][1], int(each / cost)) for verb, cost in costs.items()}, {}
+    for verb, options in ways.items():
+        options = options | {"data": f"{DATA}[:{steps[verb] * sizes[verb]}]", "batch": sizes[verb]}
+        for seed, times in grid:
+            one = {"seed": seed, "lr": options["lr"] * times}
+            made[verb, seed, times] = name = f"short/{verb},seed={seed},lr={one['lr']:g}"
+            walker.trial(verb, name, steps[verb], **options | one)
+    start = walker.at("sft")
+    options = comparison(walker.at("short"), start, walker.seed) | {"data": f"builtin:prompts[:{TRIED}]"}
+    options |= {"contestants": [*map(walker.at, made.values()), start]}
+    found = walker.go("compare", options, operands=("contestants",)).found["matches"]
+    matches = {match["a"]: match for match in found if match["b"] == start}
+    rows: dict[str, list[Trial]] = {verb: [] for verb in ways}
+    for (verb, seed, times), name in made.items():
+        result = {key: matches[walker.at(name)][key] for key in ("n", "win_rate", "low", "high", "verdict")}
+        rows[verb].append(Trial(name, seed, ways[verb]["lr"] * times, times, **result))
+    words = {"dpo": f"{steps['dpo']} steps", "ppo": f"{steps['ppo']} rollouts"}
+    better = [f"{verb} {sum(one.verdict == 'better' for one in rows[verb])} of {len(grid)}" for verb in ways]
+    walker.told.line("trials", f"short runs shown better than the start on {TRIED} prompts: {', '.join(better)}")
+    return {verb: {"trials": rows[verb], "tried": words[verb]} for verb in ways}
 
 
 def asked_of(pace, seconds: float, each: int, judged: int) -> int:
@@ -197,7 +264,7 @@ def prompts_of(stage: Stage) -> int:
     return sum(row["prompts"] for row in stage.found["rounds"])
 
 
-def way(name: str, run: str, stages: Sequence[Stage], walker: Walker, *, models: int, samples: int) -> Way:
+def way(name: str, run: str, stages: Sequence[Stage], walker: Walker, **facts) -> Way:
     """The row of a way, once its model is compared."""
     from palate.recipes.demo import match_line
 
@@ -208,11 +275,10 @@ def way(name: str, run: str, stages: Sequence[Stage], walker: Walker, *, models:
         name=name,
         run=run,
         commands=[stage.command for stage in stages],
-        models=models,
-        samples=samples,
         seconds=round(sum(stage.seconds for stage in stages), 1),
         peak_bytes=None if None in peaks else max(peaks),
         **{key: match[key] for key in ("win_rate", "low", "high", "verdict", "kl", "reward")},
+        **facts,
     )
 
 
@@ -236,20 +302,9 @@ def finish(config, told, walker: Walker, ways: Sequence[Way], argv) -> dict[str,
 
 
 def table(ways: Sequence[Way]) -> list[str]:
-    """The ways as lines of the screen."""
-    head = ["", "win rate", "95 % interval", "KL", "commands", "models", "peak memory", "seconds", "samples drawn"]
-    rows = [
-        [
-            one.name,
-            f"{one.win_rate:.1%}",
-            f"[{one.low:.1%}, {one.high:.1%}]",
-            number(one.kl, ".2f"),
-            str(len(one.commands)),
-            str(one.models),
-            "n/a" if one.peak_bytes is None else f"{one.peak_bytes / 2**30:.2f} GB",
-            f"{one.seconds:.0f}",
-            f"{one.samples:,}",
-        ]
-        for one in ways
-    ]
-    return aligned([head, *rows], right=range(1, len(head)))
+    """The claims as lines of the screen, a column a way."""
+    from palate.report.road import claims
+
+    columns = [claims(asdict(one)) for one in ways]
+    rows = [[what, *(column[i][1] for column in columns)] for i, (what, _) in enumerate(columns[0])]
+    return aligned([["", *(one.name for one in ways)], *rows], right=range(1, len(ways) + 1))

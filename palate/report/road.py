@@ -1,5 +1,6 @@
 """A road.json to its page: the ways side by side, what each took, what they write, and every command."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from palate.report.verdict import Verdict
 
 FILE = "road.json"
 SHOWN = 4  # prompts
+UNTRIED = "not tried"
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ def road(path: Path) -> dict[str, Any]:
         "title": path.name,
         "source": f"{path / FILE} and the runs beside it",
         "ways": ways,
+        "tried": [row for row in record["ways"] if row["trials"]],
         "samples": _samples(path, record["ways"]),
         "commands": record.get("commands", []),
         "seconds": record.get("seconds"),
@@ -45,23 +48,29 @@ def road(path: Path) -> dict[str, Any]:
 def _way(row: dict[str, Any]) -> Way:
     tone = {"better": "better", "worse": "worse"}.get(row["verdict"], "open")
     bar = (row["win_rate"], row["low"], row["high"])
-    reward = row["reward"]
-    peak = row["peak_bytes"]
-    return Way(
-        row["name"],
-        row["run"],
-        Verdict(row["verdict"], tone, "", interval=bar, ends=("before preferred", "after preferred")),
-        [
-            ("Wins", f"{words.percent(row['win_rate'])} {words.interval(row['low'], row['high'])}"),
-            ("True reward, mean", f"{reward['before']:.2f} → {reward['after']:.2f}"),
-            ("KL, nats a completion", f"{row['kl']:.2f}"),
-            ("Commands", str(len(row["commands"]))),
-            ("Models in memory", str(row["models"])),
-            ("Peak memory", words.size(peak) if peak else "n/a"),
-            ("Time", words.duration(row["seconds"])),
-            ("Samples drawn", f"{row['samples']:,}"),
-        ],
-    )
+    shown = Verdict(row["verdict"], tone, "", interval=bar, ends=("before preferred", "after preferred"))
+    return Way(row["name"], row["run"], shown, claims(row))
+
+
+def claims(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(what, text) of what a way came to, what it took, and how it depends on the seed and on the learning rate."""
+    reward, peak, trials = row["reward"], row["peak_bytes"], row["trials"]
+    wins = [trial["win_rate"] for trial in trials if trial["times"] == 1]
+    rates = [trial for trial in trials if trial["seed"] == trials[0]["seed"]]
+    better, worse = (sum(trial["verdict"] == word for trial in rates) for word in ("better", "worse"))
+    return [
+        ("Wins", f"{words.percent(row['win_rate'])} {words.interval(row['low'], row['high'])}"),
+        ("True reward, mean", f"{reward['before']:.2f} → {reward['after']:.2f}"),
+        ("KL, nats a completion", words.number(row["kl"], ".2f")),
+        ("Lines to write", str(len(row["commands"]))),
+        ("Models in memory", str(row["models"])),
+        ("Peak memory", words.size(peak)),
+        ("Time", words.duration(row["seconds"])),
+        ("Samples drawn", f"{row['samples']:,}"),
+        ("Short runs", f"{len(trials)}, {row['tried']} each" if trials else UNTRIED),
+        ("Wins of short runs", f"{words.spread(wins)}, {words.plural(len(wins), 'seed')}" if wins else UNTRIED),
+        ("Learning rates shown to improve", f"{better} of {len(rates)}, {worse} worse" if rates else UNTRIED),
+    ]
 
 
 def _samples(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

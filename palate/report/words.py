@@ -1,7 +1,9 @@
 """Numbers and text as a person reads them on the page."""
 
 import re
+from collections.abc import Sequence
 from datetime import datetime
+from statistics import mean, stdev
 
 from palate.errors import visible
 
@@ -35,6 +37,11 @@ def percent(value: float | None) -> str:
 def interval(low: float | None, high: float | None) -> str:
     """[65.6%, 75.9%], or nothing where there is none."""
     return "" if low is None or high is None else f"[{low:.1%}, {high:.1%}]"
+
+
+def spread(rates: Sequence[float]) -> str:
+    """Their mean, and from two on their standard deviation: 71.4% (sd 1.3 points)."""
+    return f"{mean(rates):.1%}" + (f" (sd {100 * stdev(rates):.1f} points)" if len(rates) > 1 else "")
 
 
 def duration(seconds: float | None) -> str:

@@ -1,13 +1,57 @@
 """`palate demo --full`: the whole road, short, as a user goes it."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
+import yaml
 
+from palate.builtin import model_folder
 from palate.files import read_json
-from palate.recipes.demo import clear
+from palate.recipes import road
+from palate.recipes.demo import DATA, DemoConfig, Pace, Teller, clear, comparison
+
+
+class Told(Teller):
+    """Keeps what is said."""
+
+    def __init__(self):
+        self.lines = []
+        super().__init__(self.lines.append, minutes=1)
+
+
+@pytest.mark.slow
+def test_short_runs_differ_in_seed_or_rate_and_are_compared_with_the_start(tmp_path, monkeypatch):
+    """Real runs, very short: their configs are the grid, and their win rates what one comparison by itself says."""
+    for name, value in {"SEEDS": 2, "TIMES": (1, 4), "TRIED": 8, "SHORT": {"dpo": (1, 1), "ppo": (1, 1)}}.items():
+        monkeypatch.setattr(road, name, value)
+    told = Told()
+    walker = road.Walker(DemoConfig(out=str(tmp_path), seed=5), told, None)
+    shutil.copytree(model_folder("tiny"), tmp_path / "sft")
+    common = {"model": walker.at("sft"), "data": DATA, "eval": "none"}
+    dpo = common | {"batch": 64, "beta": 0.5, "lr": 2e-4}
+    ppo = common | {"reward": "rule", "batch": 128, "passes": 1, "max_tokens": 32, "lr": 3e-4}
+    pace = Pace(step=0.01, scored=0.0001, sampled=0.0001, token=1e-6)
+    assert road.trials(walker, pace, 1.0, {"dpo": dpo, "ppo": ppo}) == {} and not (tmp_path / "short").exists()
+    assert "is tried: that takes --minutes" in told.lines[-1]
+    found = road.trials(walker, pace, 60.0, {"dpo": dpo, "ppo": ppo})
+    assert [(one["tried"], len(one["trials"])) for one in found.values()] == [("1 steps", 3), ("1 rollouts", 3)]
+    for verb, whole in (("dpo", dpo), ("ppo", ppo)):
+        grid = [(one.seed, one.times, one.rate) for one in found[verb]["trials"]]
+        assert grid == [(5, 1, whole["lr"]), (6, 1, whole["lr"]), (5, 4, 4 * whole["lr"])]
+        weights = set()
+        for one in found[verb]["trials"]:
+            config = yaml.safe_load((tmp_path / one.run / "config.yaml").read_text())
+            grid = {"seed": one.seed, "lr": one.rate, "steps": 1, "batch": whole["batch"] // 2}
+            assert {key: config[key] for key in grid} == grid
+            weights.add((tmp_path / one.run / "model" / "model.safetensors").read_bytes())
+        assert len(weights) == 3
+    one = found["ppo"]["trials"][2]
+    options = comparison(walker.at(one.run), walker.at("sft"), 5) | {"data": "builtin:prompts[:8]"}
+    alone = walker.go("compare", options, operands=("contestants",)).found
+    assert all(getattr(one, key) == alone[key] for key in ("n", "win_rate", "low", "high", "verdict")) and one.n == 8
 
 
 @pytest.mark.slow
@@ -15,7 +59,7 @@ def test_the_whole_road_in_little_time(tmp_path):
     """A minute teaches little; every stage is there, with its command, its numbers and the page."""
     line = [sys.executable, "-c", "import sys; from palate.cli import main; sys.exit(main(sys.argv[1:]))"]
     words = ["demo", "--full", "--minutes", "1.2", "--json"]
-    made = subprocess.run([*line, *words], cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=500)
+    made = subprocess.run([*line, *words], cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=900)
     assert made.returncode in (0, 4), made.stderr
     found = json.loads(made.stdout.splitlines()[-1])
     out = tmp_path / "runs" / "demo"
@@ -23,6 +67,9 @@ def test_the_whole_road_in_little_time(tmp_path):
     dpo, ppo, spin, judged = found["ways"]
     assert (dpo["name"], dpo["models"], dpo["samples"], len(dpo["commands"])) == ("DPO", 1, 0, 1)
     assert (ppo["models"], len(ppo["commands"])) == (4, 2) and ppo["samples"] > 256
+    assert all(one["peak_bytes"] > 2**28 and not one["trials"] for one in found["ways"])
+    assert "no other seed or learning rate is tried: that takes --minutes" in made.stderr  # and the table says so
+    assert next(line for line in found["summary"] if line.startswith("Learning rates")).count("not tried") == 4
     assert found["better"] == (dpo["low"] > 0.5)
     assert spin["samples"] == 2 * 64 and judged["samples"] in (64 * 8, 2 * 64 * 8)  # little time, few prompts
     tables = [read_json(out / one["run"] / "rounds.json")["rounds"] for one in (spin, judged)]
