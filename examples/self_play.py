@@ -1,7 +1,7 @@
 """Rounds without human preferences on the built-in world: does SPIN gain, and more than going on with SFT?
 
     python examples/self_play.py spin --work FOLDER [--seeds 0 1 2] [--out docs/results.md]
-    python examples/self_play.py kills --work FOLDER     # twenty times SIGKILL in a run of two rounds
+    python examples/self_play.py kills --work FOLDER [--verb self-reward]   # twenty times SIGKILL in a run
     python examples/self_play.py real --work FOLDER --model SmolLM2-135M-Instruct --data-dir FOLDER
 
 The settings were fixed on seed 100. Runs that are in the folder already are gone on with, or read.
@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import groupby
 from pathlib import Path
 
 from built_in_world import palate
@@ -116,14 +117,23 @@ def real(args, keep) -> None:
           "demonstrations": count, "seconds": time.perf_counter() - began})  # fmt: skip
 
 
+COMPARED = ("--prompts", "builtin:prompts[:64]", "--rounds", 2, "--epochs", 1, "--batch", 16)
+KILLED = {  # verb -> what it does while it is killed
+    "spin": ("--data", "builtin:demonstrations[:240]", *COMPARED, "--chunk", 16),
+    "self-reward": ("--data", "builtin:seed[300:460]", *COMPARED, "--chunk", 8, "--prompts-per-round", 48,
+                    "--candidates", 3, "--judgements", 2, "--judge-tokens", 40, "--start.steps", 6),
+    "online-dpo": ("--data", "builtin:reviews[:64]", "--eval", "builtin:prompts[:32]", "--judge", "rule", "--steps", 8,
+                   "--batch", 8, "--chunk", 2, "--eval-every", 2),
+}  # fmt: skip
+
+
 def kills(args, keep) -> None:
-    """`palate spin` of two rounds, SIGKILLed twenty times at random moments and resumed, against the run left alone."""
+    """A verb's run, SIGKILLed twenty times at random moments and resumed, against the run that is left alone."""
     chance = random.Random(args.kill_seed)
     args.work.mkdir(parents=True, exist_ok=True)
     code = "from palate.cli import entry; entry()"
-    data = ("--data", "builtin:demonstrations[:240]", "--prompts", "builtin:prompts[:64]", "--max-tokens", 64)
-    options = ("--rounds", 2, "--epochs", 1, "--batch", 16, "--lr", 2e-5, "--chunk", 16, "--save-every", 1)
-    command = [sys.executable, "-c", code, "spin", "--model", "builtin:tiny", *map(str, (*data, *options))]
+    options = ("--model", "builtin:tiny", *KILLED[args.verb], "--max-tokens", 64, "--lr", 2e-5, "--save-every", 1)
+    command = [sys.executable, "-c", code, args.verb, *map(str, options)]
 
     def begin(out: Path):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PALATE_CACHE": str(args.work / f"cache-{out.name}")}
@@ -147,20 +157,21 @@ def kills(args, keep) -> None:
     if begin(killed).wait() != 0:
         raise SystemExit((args.work / "killed.log").read_text())
     same = {name: data == made(killed).get(name) for name, data in made(alone).items()}
-    keep({"data": "kills", "seed": args.kill_seed, "kills": len(where), "where": where, "files": len(same),
-          "same": all(same.values()) and len(same) == len(made(killed)), "alone": span,
-          "seconds": time.perf_counter() - began})  # fmt: skip
+    rounds = len(json.loads((alone / "rounds.json").read_text())["rounds"])
+    keep({"data": "kills", "kind": args.verb, "seed": args.kill_seed, "rounds": rounds, "kills": len(where),
+          "where": where, "files": len(same), "same": all(same.values()) and len(same) == len(made(killed)),
+          "alone": span, "seconds": time.perf_counter() - began})  # fmt: skip
 
 
 def progress(out: Path) -> int:
-    """Chunks of the rounds, and lines of what they log."""
-    logs = sum(path.read_bytes().count(b"\n") for path in out.glob("rounds/*/metrics.jsonl"))
+    """Chunks of the rounds, and lines of what is logged."""
+    logs = sum(path.read_bytes().count(b"\n") for path in out.rglob("metrics.jsonl"))
     return logs + len(list(out.glob("rounds/*/*.json*"))) + len(list(out.glob("rounds/*/*/[0-9]*.jsonl")))
 
 
 def made(out: Path) -> dict[str, bytes]:
     """All files that the manifests name, the manifests, the table and the model."""
-    paths = [out / "rounds.json", *sorted((out / "model").iterdir())]
+    paths = [out / "rounds.json", *sorted(out.glob("model/*")), *sorted(out.glob("start/model/*"))]
     for manifest in sorted(out.glob("rounds/*/manifest.json")):
         paths += [manifest, *(manifest.parent / name for name in json.loads(manifest.read_text())["files"])]
     return {str(path.relative_to(out)): path.read_bytes() for path in paths}
@@ -169,10 +180,12 @@ def made(out: Path) -> dict[str, bytes]:
 def moment(out: Path) -> str:
     """How far a killed run was."""
     if not (folders := sorted(out.glob("rounds/*"))):
-        return "before round 1"
+        return "the start" if (out / "start").exists() else "before round 1"
     last = folders[-1]
-    for name, what in (("manifest.json", "done"), ("after", "comparing"), ("model", "trained"),
-                       ("metrics.jsonl", "training"), ("pairs.json", "scoring"), ("samples", "sampling")):  # fmt: skip
+    done = "training" if (out / "metrics.jsonl").exists() else "done"  # online, the step comes after the round's files
+    for name, what in (("manifest.json", done), ("after", "comparing"), ("model", "trained"),
+                       ("metrics.jsonl", "training"), ("pairs.json", "scoring"), ("judged", "judging"),
+                       ("samples", "sampling")):  # fmt: skip
         if (last / name).exists():
             return f"round {int(last.name)}, {what}"
     return f"round {int(last.name)}, beginning"
@@ -207,8 +220,9 @@ def show(rows) -> str:
     lines += [line for row in rows if row["data"] == "real" for line in show_real(row)]
     for r in [row for row in rows if row["data"] == "kills"]:
         word = "the same bytes" if r["same"] else "DIFFERENT BYTES"
-        lines += ["", f"{r['kills']} times SIGKILL in a run of two rounds that takes {r['alone']:.0f} s alone "
-                  f"({'; '.join(r['where'])}): {word} in all of {r['files']} files."]  # fmt: skip
+        where = "; ".join(f"{name} {len(list(same))}x" for name, same in groupby(r["where"]))
+        lines += ["", f"{r['kills']} times SIGKILL in a run of `palate {r['kind']}`, {r['rounds']} rounds, that takes "
+                  f"{r['alone']:.0f} s alone ({where}): {word} in all of {r['files']} files."]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
@@ -343,6 +357,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="model folder of real")
     parser.add_argument("--data-dir", type=Path, default=os.environ.get("PALATE_TEST_DATA"), help="data of real")
     parser.add_argument("--quick", action="store_true", help="few rows of real")
+    parser.add_argument("--verb", choices=KILLED, default="spin", help="of kills")
     parser.add_argument("--kill-seed", type=int, default=0, help="of the moments")
     parser.add_argument("--out", type=Path, default=Path("docs/results.md"), help="page to write; rows lie beside it")
     args = parser.parse_args()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from faults import died, disk
-from runs_kit import JUDGES, lines, metrics, tree, write_rows
+from runs_kit import JUDGES, lines, metrics, pairs, tree, write_rows
 from safetensors.numpy import load_file
 
 from palate.data.tokens import TokenGroup
@@ -16,6 +16,7 @@ from palate.files import sha256_file
 from palate.model.load import load
 from palate.recipes.online import OnlineConfig, run
 from palate.reference import annotate
+from palate.sampling.judge import Completion, open_judge
 
 SMALL = dict(batch=6, steps=3, max_tokens=12, samples=1, device="cpu", lr=3e-4, chunk=4, judge="liking:like")
 SMALL |= {"eval_judge": "liking:like", "eval_every": 1}
@@ -127,6 +128,38 @@ def test_a_judge_that_only_compares_and_adapters(palate, options):
     scores = [row["score"] for row in lines(Path("run/rounds/01/judged/000.jsonl"))]
     assert {0.0, 0.25, 0.5, 0.75, 1.0} >= set(scores) and sum(scores[:3]) == pytest.approx(1.5)
     assert result["pairs"] > 0 and Path("run/adapter").is_dir()
+
+
+@pytest.mark.parametrize("kind", ["a reward model", "implicit", "policy"])
+def test_models_judge(palate, options, kind, tmp_path):
+    """What stands in the rounds is what that judge says of the samples, and pairs follow it."""
+    from palate.data.sources import read_prompts
+    from palate.data.stream import order
+
+    given = options | {"steps": 2, "eval": "none", "eval_judge": None, "eval_every": None}
+    learnt = dict(model=options["model"], data=write_rows(tmp_path / "pairs.jsonl", pairs(8)), eval="none", steps=2,
+                  batch=4, samples=0, lr=1e-2, device="cpu", out="judge")  # fmt: skip
+    if kind == "policy":  # a small model of the built-in world, whose judgements can be read
+        name = "policy:builtin:tiny"
+        given |= {"model": "builtin:tiny", "data": "builtin:prompts[:6]", "batch": 3, "max_tokens": 64, "steps": 1}
+    else:
+        palate.ok("dpo" if kind == "implicit" else "reward", **learnt)
+        name = "implicit:judge" if kind == "implicit" else "judge"
+    result = palate.ok("online-dpo", out="run", **given | {"judge": name})
+    records, judge = read_prompts(str(given["data"])), open_judge(name)
+    rows, scores, paired = order(len(records), 0, 0), [], 0
+    for number in range(1, given["steps"] + 1):
+        folder = Path(f"run/rounds/{number:02d}")
+        for chunk in sorted((folder / "samples").glob("0*.jsonl")):
+            made, said = lines(chunk), lines(folder / "judged" / chunk.name)
+            asked = [records[int(rows[(number - 1) * given["batch"] + row["prompt"]])].prompt for row in made]
+            found = judge.ratings(asked, [Completion(row["completion"], row["finished"]) for row in made])
+            assert [row["score"] for row in said] == pytest.approx(found, abs=1e-4)
+            scores += found
+        for pair in lines(folder / "pairs.jsonl"):
+            assert pair["margin"] > 0
+            paired += 1
+    assert result["pairs"] == paired > 0 and len(set(scores)) > 2
 
 
 def test_the_plan_writes_nothing_and_what_cannot_be_is_refused(palate, options):

@@ -1,22 +1,17 @@
 """Rounds: stages one by one end as the whole does, the chain finds every change, data that changed are refused."""
 
 import json
-import os
 import random
-import subprocess
-import sys
-import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 from faults import died, disk
-from runs_kit import JUDGES, conversations, demonstrations, flags, lines, texts, tree, write_rows
+from runs_kit import JUDGES, conversations, demonstrations, lines, texts, tree, write_rows
 
 from palate.files import sha256_file
 from palate.recipes.chain import MADE
 
-ROOT = Path(__file__).parents[2]
 SMALL = dict(batch=4, steps=3, rounds=2, max_tokens=12, chunk=5, samples=1, device="cpu", lr=3e-4, lam="0.7,1")
 
 
@@ -278,33 +273,3 @@ def test_dead_at_any_place_the_same_bytes(palate, options, monkeypatch, tmp_path
         assert died(partial(judged, config_of(options, out, rounds=1)), at)
         judged(config_of(options, out, rounds=1, resume=Path(out, "run.json").exists()))
         assert made(out) == made("whole")
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments_the_same_bytes(tmp_path, options):
-    """SIGKILL in the middle of whatever it does, four times; examples/self_play.py kills twenty times."""
-    chance = random.Random(3)
-
-    def start(out):
-        code = "import sys; from palate.cli import main; sys.exit(main())"
-        resume = ["--resume"] if (tmp_path / out / "run.json").exists() else []
-        argv = [sys.executable, "-c", code, "spin", *flags(**options, out=out), *resume]
-        environment = os.environ | {"PALATE_CACHE": str(tmp_path / f"cache-{out}"), "PYTHONPATH": str(ROOT)}
-        return subprocess.Popen(argv, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-
-    began = time.monotonic()
-    process = start("whole")
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 0, said.decode()
-    whole, met = time.monotonic() - began, 0
-    for _ in range(4):
-        process = start("killed")
-        time.sleep(chance.uniform(0.3, 0.9) * whole)
-        met += process.poll() is None
-        process.kill()
-        process.communicate()
-    process = start("killed")
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 0, said.decode()
-    assert met >= 2
-    assert made(tmp_path / "killed") == made(tmp_path / "whole")

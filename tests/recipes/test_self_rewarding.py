@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,26 @@ def test_writing_judging_and_training_see_the_same_tokens_under_any_template(pal
     judged = [text for text in map(tokenizer.decode, set(asked)) if "Request: " in text and "Tell" in text]
     assert all("<system> Be brief.<user> Request: " in text for text in judged)
     assert any(request in text for text in judged for request in samples)
+
+
+def test_with_adapters_start_and_rounds_and_after_a_kill(palate, options, monkeypatch, tmp_path):
+    """Every model is merged, so that the next round begins from it and is held to it."""
+    given = options | {"lora_rank": 2, "lr": 3e-3, "rounds": 2, "steps": 1, "start.steps": 1, "eval_judge": None}
+    with disk() as counted:
+        quiet(given, "whole")
+    folders = ["whole/start", "whole/rounds/01", "whole/rounds/02"]
+    assert all(Path(folder, "adapter").is_dir() for folder in folders)
+    for start, folder in pairwise(folders):
+        began, found = json.loads(Path(folder, "run.json").read_text())["parents"][0], load(start)
+        assert began["model"] == start and found.fingerprint != load(folder).fingerprint
+        rows = read_pairs(f"{folder}/pairs.jsonl")
+        groups = annotate([tokenize_pair(row, found.tokenizer) for row in rows], found.model)
+        pinned = load_file(f"{folder}/reference.safetensors")["logps"].ravel()
+        assert np.allclose(pinned, [value for group in groups for value in group.reference], atol=1e-4)
+    monkeypatch.setenv("PALATE_CACHE", str(tmp_path / "cache"))
+    assert died(partial(quiet, given, "killed"), counted.count * 3 // 5)
+    quiet(given, "killed", resume=True)
+    assert made("killed") == made("whole")
 
 
 def test_a_judge_that_nobody_can_read_rejects_nothing(palate, options):
