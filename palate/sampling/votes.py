@@ -44,7 +44,8 @@ def people(file: str | os.PathLike) -> Judge:
             waiting.update(missing)
             put(path, [pair for pair in missing if pair not in votes])
             votes.update((pair, []) for pair in missing)
-            what = f"{len(waiting)} pairs wait for a vote: write first, second or tie there in place of null"
+            count = "1 pair waits" if len(waiting) == 1 else f"{len(waiting)} pairs wait"
+            what = f"{count} for a vote: write first, second or tie there in place of null"
             raise AwaitsVotes(f"{what}, or run python -m palate.sampling.votes {path}", where=str(path), code="E605")
         means = (sum(cast) / len(cast) if (cast := votes.get(pair)) else 0.5 for pair in asked)
         return [mean if pair[1] == one.text else 1 - mean for mean, pair, one in zip(means, asked, firsts, strict=True)]

@@ -12,7 +12,7 @@ from runs_kit import COLOURS, lines, tree, write_rows
 from safetensors.numpy import load_file
 
 from palate.data.records import Message
-from palate.data.sources import read_demonstrations, read_pairs
+from palate.data.sources import read_demonstrations, read_pairs, read_prompts
 from palate.data.template import load_template
 from palate.data.tokens import tokenize, tokenize_pair
 from palate.model.load import load
@@ -155,6 +155,8 @@ def test_writing_judging_and_training_see_the_same_tokens_under_any_template(pal
     taught = [tuple(tokenize(r, tokenizer).prompt.tolist()) for r in read_demonstrations("run/seed-held.jsonl")]
     assert len(taught) == 6 and set(taught[2:]) <= set(asked) and not set(own) & set(asked)
     assert "<system> Be brief.<user> Request: Name" in tokenizer.decode(taught[-1])
+    written = {tuple(tokenize(r, tokenizer).prompt.tolist()) for r in read_prompts(str(options["new_prompts"]))[:12]}
+    assert len(written) == 12 and written <= set(asked)
     samples = {f"Tell {COLOURS[n % 8]} {n}." for n in range(12)}
     judged = [text for text in map(tokenizer.decode, set(asked)) if "Request: " in text and "Tell" in text]
     assert all("<system> Be brief.<user> Request: " in text for text in judged)
