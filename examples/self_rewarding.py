@@ -1,12 +1,14 @@
 """Self-Rewarding on the built-in world: does a model gain by its own judgement, and does its judgement get better?
 
     python examples/self_rewarding.py --work FOLDER [--seeds 0 1 2] [--out docs/results.md]
+    python examples/self_rewarding.py --work FOLDER --model SmolLM2-135M-Instruct --data-dir FOLDER   # a real model
 
 The settings were fixed on seed 100. Runs that are in the folder already are gone on with, or read.
 """
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -35,16 +37,65 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--judges", nargs="*", choices=JUDGES, default=list(JUDGES))
+    parser.add_argument("--model", type=Path, help="folder of a real model that shall go a round instead")
+    parser.add_argument("--data-dir", type=Path, default=os.environ.get("PALATE_TEST_DATA"), help="its data")
     parser.add_argument("--quick", action="store_true", help="few prompts: that everything runs")
     parser.add_argument("--out", type=Path, default=Path("docs/results.md"), help="page to write; rows lie beside it")
     args = parser.parse_args()
     args.work = args.work.resolve()
     keep = real_input.keeper(args, "self_rewarding")
+    if args.model:
+        real(args, keep)
+        return 0
     for seed in args.seeds:
         for name in args.judges:
             loop(args, seed, name, keep)
-    plot(json.loads(args.out.with_suffix(".json").read_text())["self_rewarding"], args.out.with_name(PLOT))
+    plot(of_world(json.loads(args.out.with_suffix(".json").read_text())["self_rewarding"]), args.out.with_name(PLOT))
     return 0
+
+
+REAL = ("--rounds", 1, "--prompts-per-round", 16, "--candidates", 3, "--judgements", 2, "--judge-tokens", 128,
+        "--max-tokens", 96, "--lora-rank", 8, "--max-length", 512, "--batch", 8, "--chunk", 8, "--eval", "none",
+        "--start.epochs", 0, "--samples", 0, "--seed", 0)  # fmt: skip
+
+
+def real(args, keep) -> None:
+    """A round of a real model that writes its requests, answers and judges them itself, after real demonstrations."""
+    began, run = time.perf_counter(), args.work / "real"
+    data = f"{args.data_dir / 'sft_self_instruct_messages.jsonl'}[:40]"
+    found = trained("self-reward", run, "--model", args.model, "--data", data, *REAL)
+    folder, (row,) = run / "rounds" / "01", found["rounds"]
+    requests = [json.loads(line)["prompt"] for line in (folder / "asked.jsonl").read_text().split("\n") if line]
+    keep({"data": "real", "seed": 0, "asked": json.loads((folder / "asked.json").read_text()),
+          "requests": [turns[-1]["content"] for turns in requests], "ended": found["ended"],
+          "rows": {key: row.get(key) for key in (*KEPT, "prompts", "left_out", "sampled_length", "sampled_ended")},
+          "seconds": time.perf_counter() - began})  # fmt: skip
+
+
+def of_world(rows) -> list[dict]:
+    """The rows of the built-in world."""
+    return [row for row in rows if row["data"] != "real"]
+
+
+def show_real(r: dict) -> list[str]:
+    """What a real model wrote, and what became of its judgements."""
+    asked, row = r["asked"], r["rows"]
+    left = ", ".join(f"{count} {reason}" for reason, count in asked["left_out"].items() if count)
+    without = ", ".join(f"{count} {reason}" for reason, count in row["left_out"].items() if count)
+    return [
+        "",
+        "SmolLM2-135M-Instruct, one round with LoRA of rank 8 after 40 rows of sft_self_instruct_messages, without SFT",
+        f"before it: of {2 * asked['wanted']} requests that it wrote, {asked['kept']} were kept, all of them here",
+        f"(left out: {left or 'none'}):",
+        "",
+        *(f"> {text}" + "\\" * (text != r["requests"][-1]) for text in r["requests"]),
+        "",
+        f"By the additive rubric, asked twice: {row['unparsed_share']:.1%} of its judgements have no score that can be",
+        f"read, the others give 0 to 5 points {', '.join(map(str, row['histogram']))} times; {row['pairs']} pairs of "
+        f"{row['prompts']} prompts",
+        f"(without: {without or 'none'}). {' '.join(row['alarms'])} Nobody compared the result: a check that it",
+        f"runs, and of what so small a model writes. {r['seconds']:.0f} s.",
+    ]
 
 
 def loop(args, seed: int, name: str, keep) -> None:
@@ -145,6 +196,8 @@ COMMAND = "palate self-reward --model START --data builtin:seed --judge JUDGE"
 def show(rows) -> str:
     """The section of the page."""
     words = " ".join(map(str, (*ROUNDS, *TRAINING, *SAMPLING)))
+    others = [row for row in rows if row["data"] == "real"]
+    rows = of_world(rows)
     lines = [
         "## Self-Rewarding on the built-in world",
         "",
@@ -179,6 +232,7 @@ def show(rows) -> str:
             lines.append(_line(r, label, model, by.get(number - 1)))
     lines += ["", f"![Wins against M0]({PLOT})", ""]
     lines += [sentence([row for row in rows if row["data"] == name], name) for name in JUDGES]
+    lines += [line for r in others for line in show_real(r)]
     return "\n".join(lines) + "\n"
 
 
