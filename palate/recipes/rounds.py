@@ -307,7 +307,11 @@ def check(this: Round) -> None:
     config = this.config
     if this.way.start is None:
         check_disk(config, this.loaded.model, this.out)
-        assert this.asked
+        probe = this
+        if this.way.records is not None:  # which may write; in a dry run others stand for what it would
+            probe = replace(this, config=config.model_copy(update={"dry_run": True}), say=lambda text="": None)
+            probe.loaded = this.loaded
+        assert probe.asked
     if config.compared_on is not None:
         opened(config, stages.read_compared(config))
 

@@ -236,6 +236,14 @@ def test_requests_that_the_model_writes(palate, options, ending):
     assert found["kept"] == 0 and sum(found["left_out"].values()) == 24
 
 
+def test_a_trained_model_writes_its_requests_in_the_first_round(palate, options):
+    given = {"model": "builtin:tiny", "new_prompts": "written", "start.epochs": 0, "start.steps": None, "chunk": 20}
+    palate.ok("self-reward", out="run", stage="sample", **options | given)
+    asked, drawn = lines(Path("run/rounds/01/asked.jsonl")), lines(Path("run/rounds/01/samples/000.jsonl"))
+    assert asked and len({row["prompt"] for row in drawn}) == len(asked) == len(drawn) / 3
+    assert {row["prompt"][1]["content"] for row in asked}.isdisjoint(f"Say {COLOURS[n % 8]} {n}." for n in range(40))
+
+
 def test_requests_come_in_the_form_of_the_seed_and_are_new(palate, options):
     """The small built-in model writes few that can be used, among them some."""
     out = Path("run")
