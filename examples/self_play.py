@@ -220,9 +220,11 @@ def show(rows) -> str:
     lines += [line for row in rows if row["data"] == "real" for line in show_real(row)]
     for r in [row for row in rows if row["data"] == "kills"]:
         word = "the same bytes" if r["same"] else "DIFFERENT BYTES"
-        where = "; ".join(f"{name} {len(list(same))}x" for name, same in groupby(r["where"]))
+        met = [(name, len(list(same))) for name, same in groupby(r["where"])]
+        where = "; ".join(name + (f" {count}x" if count > 1 else "") for name, count in met)
         lines += ["", f"{r['kills']} times SIGKILL in a run of `palate {r['kind']}`, {r['rounds']} rounds, that takes "
-                  f"{r['alone']:.0f} s alone ({where}): {word} in all of {r['files']} files."]  # fmt: skip
+                  f"{r['alone']:.0f} s when left alone (load {r['load']}): {where}. In the end {word} in all of "
+                  f"{r['files']} files."]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
