@@ -435,8 +435,11 @@ def remove_file(path: str | os.PathLike) -> None:
 
 def remove_halves(folder: str | os.PathLike) -> None:
     """Removes what killed processes left half written in a folder and below it; for its only writer to call."""
-    for half in Path(folder).rglob(".*.tmp"):
-        remove_file(half)
+    for half in sorted(Path(folder).rglob(".*.tmp")):  # what holds others comes before them
+        if half.is_dir() and not half.is_symlink():
+            remove_tree(half)
+        else:
+            remove_file(half)
 
 
 def remove_tree(path: str | os.PathLike) -> None:

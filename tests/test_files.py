@@ -492,3 +492,13 @@ def test_files_asks_no_torch_for_its_import():
 def test_errors_of_palate_pass_through(tmp_path):
     with pytest.raises(PalateError, match="x"), files.machine_errors(tmp_path):
         raise NotThereError("x")
+
+
+def test_halves_of_files_and_of_folders_are_taken_away(tmp_path):
+    """As SIGKILL leaves them: a file being written, and a folder with one inside."""
+    for name in (".a.json.7-0.tmp", "deep/.b.jsonl.7-1.tmp", "deep/.model.7.tmp/.w.7-2.tmp", "deep/.model.7.tmp/c"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("half")
+    (tmp_path / "deep" / "whole.jsonl").write_text("whole")
+    files.remove_halves(tmp_path)
+    assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["deep", "whole.jsonl"]
