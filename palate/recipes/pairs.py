@@ -91,6 +91,7 @@ class Side(Round):
 def run(config: PairsConfig, *, verb: str = "pairs", argv=(), say=stderr, panel=None) -> dict[str, Any]:
     """Writes `prompt chosen rejected` rows (`margin` with a judge) to --out; says why the other prompts have none."""
     from palate.data.sources import read_prompts
+    from palate.files import remove_halves
     from palate.recipes.generate import check_prompts
     from palate.run import Run, status_of
     from palate.sampling.judge import open_judge
@@ -125,6 +126,7 @@ def run(config: PairsConfig, *, verb: str = "pairs", argv=(), say=stderr, panel=
             write_down(work, records)
             found = drawn(config, judge, work, records, say)
             result = written(config, records, found)
+            remove_halves(work)
             run.finish(result)
     except AwaitsVotes as error:
         error.next, error.result = go_on(config, work, config.part), {"out": config.out}

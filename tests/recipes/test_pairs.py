@@ -102,9 +102,12 @@ def test_dead_at_any_place_the_same_bytes(palate, prompts, ending):
     for trial, share in enumerate((0.1, 0.35, 0.6, 0.8, 0.97)):
         out, work = f"killed-{trial}.jsonl", Path(f"killed-{trial}.run")
         assert died(partial(make, out), int(counted.count * share))
+        (work / "samples").mkdir(parents=True, exist_ok=True)
+        (work / "samples" / ".plan.json.7-0.tmp").write_text("half")  # as SIGKILL leaves it
         make(out, resume=(work / "run.json").exists())
         assert Path(out).read_bytes() == Path("whole.jsonl").read_bytes()
         made = tree(work)
+        assert not [name for name in made if name.endswith(".tmp")]
         assert {n: d for n, d in made.items() if n.endswith("l") and "/" in n} == {
             n: d for n, d in whole.items() if n.endswith("l") and "/" in n
         }
