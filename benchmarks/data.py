@@ -29,7 +29,7 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
-from tables import deliver, machine, options, shown, table
+from tables import deliver, machine, options, shown, table, told_again
 from workload import environment
 
 SIZES, QUICK = (10_000, 100_000, 1_000_000), (100, 400)
@@ -301,8 +301,7 @@ def main(argv: list[str] | None = None) -> None:
         chosen = json.loads(args.part)
         print(json.dumps(PARTS[chosen.pop("part")](**chosen)))
         return
-    if args.given:
-        deliver(args, "data", json.loads(Path(args.given).read_text()), text)
+    if told_again(args, "data", text):
         return
     defaults = dict(sizes=QUICK, steps=20, trained=2, store=50_000) if args.quick else {}
     defaults = dict(sizes=SIZES, steps=1000, trained=8, store=20_000_000) | defaults

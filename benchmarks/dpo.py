@@ -28,11 +28,9 @@ import argparse
 import json
 import logging
 import statistics
-import subprocess
 import sys
-import tempfile
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from sides import Ours, Reference, run_trl
@@ -46,7 +44,7 @@ from workload import (
     SMALL,
     Cell,
     build,
-    environment,
+    in_process,
     matmul_peak,
     peak_bytes,
     real_tokens,
@@ -110,13 +108,7 @@ def run_cell(cell: Cell) -> dict:
 
 def measure(cell: Cell) -> dict:
     """`run_cell` in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "cell.json"
-        command = [sys.executable, __file__, "--cell", json.dumps(asdict(cell)), "--json", str(out)]
-        done = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if done.returncode:
-            raise SystemExit(f"{cell} failed:\n{done.stdout[-4000:]}")
-        return json.loads(out.read_text())
+    return in_process(__file__, cell)
 
 
 def row_of(cell: Cell, timed: dict, peak_ours: int | None, peak_peer: int | None) -> dict:

@@ -32,7 +32,7 @@ from pathlib import Path
 
 from dpo import measure, row_of
 from sides import KEPT, PACKED, SCORED, SHARED, Ours, Reference
-from tables import deliver, machine, options, shown, table
+from tables import deliver, machine, options, shown, table, told_again
 from workload import BATCH, DTYPES, PROFILES, SMALL, Cell, build, rows_of
 
 MARK = "factors"
@@ -132,10 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scale", type=float, default=1.0, help="times the profiles' lengths, to try the script")
     options(parser)
     given = parser.parse_args(argv)
-    if given.given:
-        found = json.loads(Path(given.given).read_text())
-        print(text(found))
-        deliver(given, MARK, found, text)
+    if told_again(given, MARK, text):
         return 0
     for folder in given.model:
         if not Path(folder, "config.json").exists():

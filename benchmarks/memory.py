@@ -19,12 +19,26 @@ import sys
 import tempfile
 import warnings
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 
 from sides import Ours, groups_of
-from tables import deliver, machine, options, shown, table, threads
-from workload import BATCH, DTYPES, PROFILES, RATE, SMALL, Cell, build, environment, peak_bytes, rows_of, small_model
+from tables import deliver, machine, options, shown, table, threads, told_again
+from workload import (
+    BATCH,
+    DTYPES,
+    PROFILES,
+    RATE,
+    SMALL,
+    Cell,
+    build,
+    environment,
+    in_process,
+    model_folder,
+    model_options,
+    peak_bytes,
+    rows_of,
+    small_model,
+)
 
 MARK = "memory"
 
@@ -161,13 +175,7 @@ def foretold(cell: Cell, model: Path) -> dict[str, float]:
 
 def measure(cell: Cell, model: Path) -> dict:
     """Everything of one row."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "cell.json"
-        command = [sys.executable, __file__, "--cell", json.dumps(asdict(cell)), "--json", str(out)]
-        done = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if done.returncode:
-            raise SystemExit(f"{cell} failed:\n{done.stdout[-4000:]}")
-        found = json.loads(out.read_text())
+    found = in_process(__file__, cell)
     ideal = found["weights"] + found["gradients"] + found["optimizer"] + found["activations"]
     facts = {"model": cell.label, "profile": cell.profile, "dtype": cell.dtype}
     return facts | found | {"ideal": ideal, "step_over_ideal": found["step"] / ideal} | foretold(cell, model)
@@ -203,8 +211,7 @@ def text(found: dict) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Measures row after row, prints the table, writes the JSON after every row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", metavar="FOLDER", help="with a tokenizer")
-    parser.add_argument("--small", action="store_true", help="the 4-layer model too, with this tokenizer")
+    model_options(parser)
     parser.add_argument("--only-small", action="store_true", help="the 4-layer model, with this tokenizer")
     parser.add_argument("--quick", action="store_true", help="builtin:tiny, tldr: the script's trial")
     parser.add_argument("--profile", action="append", choices=PROFILES, help="all unless given")
@@ -219,18 +226,10 @@ def main(argv: list[str] | None = None) -> int:
     if given.cell:
         Path(given.json).write_text(json.dumps(stepped(Cell(**json.loads(given.cell)))))
         return 0
-    if given.given:
-        found = json.loads(Path(given.given).read_text())
-        print(text(found))
-        deliver(given, MARK, found, text)
+    if told_again(given, MARK, text):
         return 0
-    if given.quick:
-        from palate.builtin import model_folder
-
-        given.model, given.profile = str(model_folder("builtin:tiny")), given.profile or ["tldr"]
-    elif not given.model or not Path(given.model, "config.json").exists():
-        parser.error(f"--model {given.model}: no config.json there")
-    folder = Path(given.model).absolute()
+    folder = model_folder(parser, given)
+    profiles = given.profile or (["tldr"] if given.quick else PROFILES)
     found = {"command": shown("memory.py", argv), "machine": machine(), "rows": []}
     with ExitStack() as stack:
         todo = [] if given.only_small else [(str(folder), folder)]
@@ -239,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
                 (SMALL, small_model(folder, Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model"))
             )
         for name, path in todo:
-            for profile in given.profile or PROFILES:
+            for profile in profiles:
                 for dtype in given.dtype or ("float32",):
                     cell = Cell(
                         name, profile, dtype, "", "", given.steps, lora=given.lora, tokens=given.tokens,

@@ -75,6 +75,16 @@ def deliver(given: argparse.Namespace, name: str, found: dict, text: Callable[[d
         publish(Path(given.docs), name, f"{conditions(found)}\n\n{text(found)}")
 
 
+def told_again(given: argparse.Namespace, name: str, text: Callable[[dict], str]) -> bool:
+    """Whether --from names a measurement, whose table is printed and written now, in place of another one."""
+    if given.given is None:
+        return False
+    found = json.loads(Path(given.given).read_text())
+    print(text(found))
+    deliver(given, name, found, text)
+    return True
+
+
 def publish(page: Path, name: str, text: str) -> None:
     """Puts the text between <!-- name --> and <!-- /name --> of the page. Raises SystemExit where they are not."""
     first, last = f"<!-- {name} -->", f"<!-- /{name} -->"

@@ -32,8 +32,20 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from tables import deliver, machine, options, shown, table, threads
-from workload import BETA, CLIP, DTYPES, LONGEST, RATE, SETTINGS, SMALL, environment, small_model
+from tables import deliver, machine, options, shown, table, threads, told_again
+from workload import (
+    BETA,
+    CLIP,
+    DTYPES,
+    LONGEST,
+    RATE,
+    SETTINGS,
+    SMALL,
+    environment,
+    model_folder,
+    model_options,
+    small_model,
+)
 
 MARK = "whole"
 
@@ -246,8 +258,7 @@ def text(found: dict) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Runs both commands, prints the table, writes the JSON after every model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", metavar="FOLDER", help="with a tokenizer")
-    parser.add_argument("--small", action="store_true", help="the 4-layer model too, with this tokenizer")
+    model_options(parser)
     parser.add_argument("--data", action="append", metavar="FILE", help="preference pairs (default builtin:reviews)")
     parser.add_argument("--pairs", type=int, default=500)
     parser.add_argument("--batch", type=int, default=8, help="pairs a step (TRL's default 8)")
@@ -259,20 +270,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="builtin:tiny on 16 pairs, TRL's best: the script's trial")
     options(parser)
     given = parser.parse_args(argv)
-    if given.given:
-        found = json.loads(Path(given.given).read_text())
-        print(text(found))
-        deliver(given, MARK, found, text)
+    if told_again(given, MARK, text):
         return 0
+    model = model_folder(parser, given)
     if given.quick:
-        from palate.builtin import model_folder
-
-        given.model, given.pairs = str(model_folder("builtin:tiny")), 16
-        given.setting = given.setting or ["best"]
-    elif not given.model or not Path(given.model, "config.json").exists():
-        parser.error(f"--model {given.model}: no config.json there")
+        given.pairs, given.setting = 16, given.setting or ["best"]
     given.data, given.setting = given.data or ["builtin:reviews"], given.setting or list(SETTINGS)
-    model = Path(given.model).absolute()
     found = {"command": shown("whole.py", argv), "machine": machine(), "rows": []}
     with ExitStack() as stack:
         todo = [("builtin:tiny" if given.quick else model.name, lambda folder: model)]

@@ -1,9 +1,13 @@
 """What both sides of a benchmark are given: models, rows of the profiles' lengths, and measures of their work."""
 
+import argparse
+import json
 import os
+import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +83,23 @@ def small_model(tokenizer: Path, folder: Path) -> Path:
     build(Cell(SMALL, "tldr", "float32", "", "", 1), ours=False).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
     return folder
+
+
+def model_options(parser: argparse.ArgumentParser) -> None:
+    """Which models a script runs the real command with."""
+    parser.add_argument("--model", metavar="FOLDER", help="with a tokenizer")
+    parser.add_argument("--small", action="store_true", help="the 4-layer model too, with this tokenizer")
+
+
+def model_folder(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Path:
+    """--model, or builtin:tiny with --quick; ends the script where it is not there."""
+    if given.quick:
+        from palate.builtin import model_folder as shipped
+
+        return Path(shipped("builtin:tiny"))
+    if not given.model or not Path(given.model, "config.json").exists():
+        parser.error(f"--model {given.model}: no config.json there")
+    return Path(given.model).absolute()
 
 
 def rows_of(cell: Cell, vocabulary: int) -> list[Row]:
@@ -183,6 +204,17 @@ def peak_bytes() -> int:
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
+
+
+def in_process(script: str, cell: Cell) -> dict:
+    """What `script --cell` finds of the cell in a process of its own. Raises SystemExit with its last words."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "cell.json"
+        command = [sys.executable, script, "--cell", json.dumps(asdict(cell)), "--json", str(out)]
+        done = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            raise SystemExit(f"{cell} failed:\n{done.stdout[-4000:]}")
+        return json.loads(out.read_text())
 
 
 def environment() -> dict[str, str]:

@@ -109,8 +109,7 @@ def read_feedback(data, *, columns=None, format=None, bad_rows="stop", rejects=N
 def read_prompts(data, *, columns=None, format=None, bad_rows="stop", rejects=None) -> Records[Prompt]:
     """The prompts of `data`, one a row, as `read_pairs`: of any kind of row that has a prompt."""
     tables = [*dialects.PROMPTS, *dialects.PAIRS, *dialects.TEXT_PROMPTS]
-    finish = lambda record: [Prompt(record.prompt, record.source)]  # noqa: E731
-    return _read((True, None), data, tables, "prompts", columns, format, bad_rows, rejects, finish)
+    return _read((True, None), data, tables, "prompts", columns, format, bad_rows, rejects, _as_prompt)
 
 
 def read_any(data, *, columns=None, format=None, bad_rows="stop") -> Records:
@@ -141,6 +140,10 @@ def _demonstrated(record: Demonstration | PreferencePair, last: bool) -> list[De
     if last and isinstance(prompt, tuple) and isinstance(completion, tuple):
         prompt, completion = prompt + completion[:-1], completion[-1:]
     return [Demonstration(prompt, completion, record.source)]
+
+
+def _as_prompt(record: Record) -> list[Prompt]:
+    return [Prompt(record.prompt, record.source)]
 
 
 def _as_feedback(record: Feedback | PreferencePair) -> list[Feedback]:

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from runs_kit import TEMPLATE, Command, chats, demonstrations, feedbacks, metrics, pairs, save_model, write_rows
+from runs_kit import TEMPLATE, chats, demonstrations, feedbacks, metrics, pairs, write_rows
 from safetensors.numpy import load_file
 
 from palate.data import sources, table
@@ -19,16 +19,11 @@ from palate.store import cache_root
 SMALL = dict(batch=5, steps=6, device="cpu", lr=3e-3, samples=2, save_every=2, eval_every=3)
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory, tiny_llama, tiny_tokenizer):
-    return save_model(tmp_path_factory.mktemp("model") / "tiny", tiny_llama(0), tiny_tokenizer, TEMPLATE)
-
-
 @pytest.fixture
-def palate(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def palate(palate, monkeypatch):
+    """The command line, with tables of several batches."""
     monkeypatch.setattr(table, "BATCH", 7)
-    return Command(capsys)
+    return palate
 
 
 @pytest.fixture
@@ -71,11 +66,11 @@ CASES = {
 @pytest.mark.parametrize(
     "case", ["dpo", "kto", "sft", *(pytest.param(c, marks=pytest.mark.slow) for c in ("chats", "ranked"))]
 )
-def test_a_run_over_tokens_that_are_kept_is_the_run_over_lists(palate, tiny, tmp_path, monkeypatch, case):
+def test_a_run_over_tokens_that_are_kept_is_the_run_over_lists(palate, chatty, tmp_path, monkeypatch, case):
     """Weights, metrics, samples, reference column, data.json and rejects are equal; made, found, and found again."""
     verb, make, options = CASES[case]
     data = write_rows(tmp_path / "d.jsonl", rows_with_faults(make, 44))
-    options = SMALL | dict(model=tiny, data=data, bad_rows="skip") | options
+    options = SMALL | dict(model=chatty, data=data, bad_rows="skip") | options
     palate.ok(verb, out="lists", **options)
     assert not folders()
     monkeypatch.setattr(kept, "KEPT_BYTES", 0)
@@ -91,36 +86,36 @@ def test_a_run_over_tokens_that_are_kept_is_the_run_over_lists(palate, tiny, tmp
     assert (folder / kept.TABLE).stat().st_mtime_ns == before
 
 
-def test_two_files_are_kept_and_compared_once(palate, tiny, tmp_path, all_kept, monkeypatch):
+def test_two_files_are_kept_and_compared_once(palate, chatty, tmp_path, all_kept, monkeypatch):
     made = list(pairs(40))
     files = {
         "data": write_rows(tmp_path / "d.jsonl", made[:30]),
         "eval": write_rows(tmp_path / "e.jsonl", [dict(made[0], chosen=" other"), *made[30:]]),
     }
-    palate.ok("dpo", model=tiny, out="one", **files, **SMALL)
+    palate.ok("dpo", model=chatty, out="one", **files, **SMALL)
     assert len(folders()) == 2
     assert len(folders("apart-*")) == 1
     monkeypatch.setattr(sources, "refuse_shared_rows", lambda *_: pytest.fail("compared again"))
-    palate.ok("dpo", model=tiny, out="two", **files, **SMALL)
+    palate.ok("dpo", model=chatty, out="two", **files, **SMALL)
     assert ends("one") == ends("two")
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(kept, "KEPT_BYTES", 2**40)
-    palate.ok("dpo", model=tiny, out="lists", **files, **SMALL)
+    palate.ok("dpo", model=chatty, out="lists", **files, **SMALL)
     assert ends("one") == ends("lists")
     monkeypatch.setattr(kept, "KEPT_BYTES", 0)
     files["eval"] = write_rows(tmp_path / "e.jsonl", made[28:])  # two of them are trained on
-    palate("dpo", model=tiny, out="three", **files, **SMALL)
+    palate("dpo", model=chatty, out="three", **files, **SMALL)
     assert "E231" in palate.said
 
 
-def test_a_run_over_kept_tokens_resumes_to_the_same_bits(palate, tiny, tmp_path, all_kept):
+def test_a_run_over_kept_tokens_resumes_to_the_same_bits(palate, chatty, tmp_path, all_kept):
     from palate.recipes import preference
     from palate.recipes.training import Paused
 
     data = write_rows(tmp_path / "d.jsonl", pairs(44))
-    palate.ok("dpo", model=tiny, data=data, out="straight", **SMALL)
-    config = preference.PreferenceConfig(model=str(tiny), data=str(data), out="cut", report=False, **SMALL)
+    palate.ok("dpo", model=chatty, data=data, out="straight", **SMALL)
+    config = preference.PreferenceConfig(model=str(chatty), data=str(data), out="cut", report=False, **SMALL)
     with pytest.raises(Paused):
         preference.run(config, stop=3, say=lambda text: None)
     preference.run(config.model_copy(update={"resume": True}), say=lambda text: None)
