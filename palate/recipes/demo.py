@@ -57,6 +57,7 @@ def run(config: DemoConfig, *, verb: str = "demo", argv=(), say=stderr, panel=No
     """
     from palate import __version__
     from palate.recipes import compare, doctor, preference, report
+    from palate.recipes.plan import clock, size_text
     from palate.run import machine
 
     out = Path(config.out)
@@ -79,7 +80,10 @@ def run(config: DemoConfig, *, verb: str = "demo", argv=(), say=stderr, panel=No
     options |= {"eval_every": -(-steps // 3), "save_every": steps, "seed": config.seed, "train": {"tokens": TOKENS}}
     if not sys.stderr.isatty():
         options |= {"log_every": -(-steps // 6)}
-    told.line("plan", f"dpo beta={BETA} lr={RATE:g}, {steps} steps of {BATCH} pairs · {pace.step:.2f} s a step here")
+    planned = told.run("dpo", preference.run, preference.PreferenceConfig, options | {"dry_run": True})
+    taken = f"{pace.step:.2f} s a step here, about {clock(pace.taken(steps))} in all"
+    peak = f"peak about {size_text(planned['peak_bytes'])}"
+    told.line("plan", f"dpo beta={BETA} lr={RATE:g}, {steps} steps of {BATCH} pairs · {peak} · {taken}")
     options |= {"out": config.out}
     trained = told.run("dpo", preference.run, preference.PreferenceConfig, options, panel=panel, argv=argv)
     accuracy = trained["after"]["eval/rewards/accuracies"]
@@ -174,7 +178,8 @@ def command_of(verb: str, options: dict[str, Any], operands: Sequence[str] = ())
     for name in operands:
         words += [options[name]] if isinstance(options[name], str) else options[name]
     for name, value in flat_keys({name: value for name, value in options.items() if name not in operands}).items():
-        words += [f"--{name.replace('_', '-')}", str(value)]
+        name = name.replace("_", "-")
+        words += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
     return shlex.join(words)
 
 
@@ -192,9 +197,12 @@ class Pace:
 
     def steps(self, seconds: float) -> int:
         """How many steps fit, between FEWEST and MOST, with a quarter of the time kept back."""
+        return max(FEWEST, min(MOST, int((0.75 * seconds - self.taken(0)) / self.step)))
+
+    def taken(self, steps: int) -> float:
+        """Seconds of so many steps and of what stands around them: reference, evaluation, comparison."""
         pairs, held = 2400, 300
-        fixed = 10 + self.scored * (pairs + 5 * held) + self.sampled * 2.2 * held
-        return max(FEWEST, min(MOST, int((0.75 * seconds - fixed) / self.step)))
+        return 10 + self.scored * (pairs + 5 * held) + self.sampled * 2.2 * held + steps * self.step
 
     def texts(self, seconds: float, tokens: float) -> int:
         """How many texts of so many tokens can be trained in the time."""

@@ -102,13 +102,13 @@ def plan_lines(
     ]
     if seconds is not None:
         lines.append(
-            f"time       about {_clock(seconds * steps)} ({seconds:.2g} s a step, from {TIMED} timed micro-batches)"
+            f"time       about {clock(seconds * steps)} ({seconds:.2g} s a step, from {TIMED} timed micro-batches)"
         )
     elif isinstance(needs, Foreseen) and config.plan.tflops:
         seconds = needs.step_flops / (config.plan.tflops * 1e12 * needs.processes)
         work = f"{needs.step_flops / 1e12:,.0f} TFLOP a step"
         what = f"{work} at {config.plan.tflops:g} TFLOP/s on each of {needs.processes}"
-        lines.append(f"time       about {_clock(seconds * steps)} ({seconds:.2g} s a step: {what})")
+        lines.append(f"time       about {clock(seconds * steps)} ({seconds:.2g} s a step: {what})")
     return lines
 
 
@@ -412,7 +412,7 @@ def size_text(size: float) -> str:
     return f"{size / 2**30:.1f} GB" if size >= 2**30 else f"{size / 2**20:.0f} MB"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     if seconds > 5400:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"

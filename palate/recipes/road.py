@@ -16,8 +16,8 @@ from typing import Any
 
 from palate.recipes.verbs import aligned
 
-# of the time; PPO gets what DPO took, and short runs at most their share of what is left
-SHARES = {"pretrain": 0.20, "sft": 0.06, "dpo": 0.08, "reward": 0.06, "spin": 0.16, "self-reward": 0.22, "trials": 0.14}
+# of the time; PPO gets what DPO took, and short runs at most their share of what is left: all but the rounds in 8 of 15
+SHARES = {"pretrain": 0.12, "sft": 0.06, "dpo": 0.08, "reward": 0.06, "spin": 0.16, "self-reward": 0.22, "trials": 0.12}
 MOST_REWARD = 76  # steps: two epochs
 PPO_RATE = 3e-4  # what `auto` is at this size
 SEEDS, TIMES = 3, (0.25, 1, 4)  # of short runs: how many, and multiples of the learning rate on the first

@@ -1,6 +1,7 @@
 """`palate demo --full`: the whole road, short, as a user goes it."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import sys
 import pytest
 import yaml
 
+from palate import cli
 from palate.builtin import model_folder
 from palate.files import read_json
 from palate.recipes import road
@@ -15,11 +17,24 @@ from palate.recipes.demo import DATA, DemoConfig, Pace, Teller, clear, compariso
 
 
 class Told(Teller):
-    """Keeps what is said."""
+    """Keeps what is said, and the config of every command."""
 
     def __init__(self):
-        self.lines = []
+        self.lines, self.configs = [], []
         super().__init__(self.lines.append, minutes=1)
+
+    def run(self, verb, recipe, config_type, options, **more):
+        self.configs.append(config_type(**options))
+        return super().run(verb, recipe, config_type, options, **more)
+
+
+def typed(command, monkeypatch):
+    """The config that a shell command comes to; nothing is run."""
+    found, load = [], cli.Verb.load
+    with monkeypatch.context() as patched:
+        patched.setattr(cli.Verb, "load", lambda verb, inner: (load(verb, inner)[0], lambda c, **_: found.append(c)))
+        assert cli._command(shlex.split(command)[1:], {}) == ({"out": found[0].out}, False)
+    return found[0]
 
 
 @pytest.mark.slow
@@ -52,6 +67,13 @@ def test_short_runs_differ_in_seed_or_rate_and_are_compared_with_the_start(tmp_p
     options = comparison(walker.at(one.run), walker.at("sft"), 5) | {"data": "builtin:prompts[:8]"}
     alone = walker.go("compare", options, operands=("contestants",)).found
     assert all(getattr(one, key) == alone[key] for key in ("n", "win_rate", "low", "high", "verdict")) and one.n == 8
+    assert [typed(command, monkeypatch) for command in told.commands] == told.configs and len(told.configs) == 8
+
+
+def test_all_but_the_rounds_is_planned_into_eight_of_fifteen_minutes():
+    planned = {"ppo": road.SHARES["dpo"], **road.SHARES}
+    rounds = planned.pop("spin") + planned.pop("self-reward")
+    assert sum(planned.values()) <= 8 / 15 and rounds <= 7 / 15
 
 
 @pytest.mark.slow
