@@ -16,8 +16,9 @@ from typing import Any
 
 from palate.recipes.verbs import aligned
 
-# of the time; PPO gets what DPO took, and short runs at most their share of what is left: all but the rounds in 8 of 15
+# of the time; PPO gets what DPO took, short runs at most their share of what is left; without rounds 8 minutes of 15
 SHARES = {"pretrain": 0.12, "sft": 0.06, "dpo": 0.08, "reward": 0.06, "spin": 0.16, "self-reward": 0.22, "trials": 0.12}
+FEWEST_TEXT = 100  # steps of pre-training, whatever the time: a start without a language is no start for the rest
 MOST_REWARD = 76  # steps: two epochs
 PPO_RATE = 3e-4  # what `auto` is at this size
 SEEDS, TIMES = 3, (0.25, 1, 4)  # of short runs: how many, and multiples of the learning rate on the first
@@ -163,7 +164,7 @@ def walk(config, told, argv=(), panel=None) -> dict[str, Any]:
     told.line("text", f"{files.WRITTEN['text']:,} texts of a grammar · {pace.step:.2f} s a step of DPO here")
 
     start = f"new:{builtin.model_folder('base') / 'config.json'}"
-    steps = max(8, pace.texts(seconds["pretrain"], TEXT) // SMALL)
+    steps = max(FEWEST_TEXT, pace.texts(seconds["pretrain"], TEXT) // SMALL)
     held = str(text.with_name("text-heldout.jsonl"))
     options = {"model": start, "data": str(text), "eval": held, "batch": SMALL, "lr": 2e-3}
     base = walker.train("pretrain", "base", steps, **options, train={"warmup_steps": min(50, steps // 4)})
