@@ -57,7 +57,7 @@ def run(config: DemoConfig, *, verb: str = "demo", argv=(), say=stderr, panel=No
     """
     from palate import __version__
     from palate.recipes import compare, doctor, preference, report
-    from palate.recipes.plan import clock, size_text
+    from palate.report.words import duration, size
     from palate.run import machine
 
     out = Path(config.out)
@@ -75,16 +75,16 @@ def run(config: DemoConfig, *, verb: str = "demo", argv=(), say=stderr, panel=No
     told.line("data", f"{found['rows']:,} pairs · doctor: {counts}; {notes}")
 
     pace = measure()
-    steps = pace.steps(told.left())
-    options = {"model": MODEL, "data": DATA, "eval": HELD, "beta": BETA, "lr": RATE, "batch": BATCH, "steps": steps}
-    options |= {"eval_every": -(-steps // 3), "save_every": steps, "seed": config.seed, "train": {"tokens": TOKENS}}
+    options = {"model": MODEL, "data": DATA, "eval": HELD, "beta": BETA, "lr": RATE, "batch": BATCH}
+    options |= {"seed": config.seed, "train": {"tokens": TOKENS}}
+    planned = told.run("dpo", preference.run, preference.PreferenceConfig, options | {"dry_run": True})
+    steps = pace.steps(told.left())  # now that the plan has taken its time
+    taken = f"{pace.step:.2f} s a step here, about {duration(pace.taken(steps))} in all"
+    peak = f"peak about {size(planned['peak_bytes'])}"
+    told.line("plan", f"dpo beta={BETA} lr={RATE:g}, {steps} steps of {BATCH} pairs · {peak} · {taken}")
+    options |= {"steps": steps, "eval_every": -(-steps // 3), "save_every": steps, "out": config.out}
     if not sys.stderr.isatty():
         options |= {"log_every": -(-steps // 6)}
-    planned = told.run("dpo", preference.run, preference.PreferenceConfig, options | {"dry_run": True})
-    taken = f"{pace.step:.2f} s a step here, about {clock(pace.taken(steps))} in all"
-    peak = f"peak about {size_text(planned['peak_bytes'])}"
-    told.line("plan", f"dpo beta={BETA} lr={RATE:g}, {steps} steps of {BATCH} pairs · {peak} · {taken}")
-    options |= {"out": config.out}
     trained = told.run("dpo", preference.run, preference.PreferenceConfig, options, panel=panel, argv=argv)
     accuracy = trained["after"]["eval/rewards/accuracies"]
     told.line("train", f"the chosen completion has the larger implicit reward in {accuracy:.1%} of held-out pairs")

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from palate.errors import MachineError, UsageError
 from palate.recipes.verbs import Say
+from palate.report.words import size
 
 
 class PlanConfig(BaseModel):
@@ -98,17 +99,17 @@ def plan_lines(
         f"training   {objective.name} {objective.options} · lr {rate:g} ({reason}) · {steps} steps of {config.batch} · "
         f"{precision}",
         *needs.lines(),
-        f"disk       {size_text(weights + kept * each)}: the model and {kept} checkpoints",
+        f"disk       {size(weights + kept * each)}: the model and {kept} checkpoints",
     ]
     if seconds is not None:
         lines.append(
-            f"time       about {clock(seconds * steps)} ({seconds:.2g} s a step, from {TIMED} timed micro-batches)"
+            f"time       about {_clock(seconds * steps)} ({seconds:.2g} s a step, from {TIMED} timed micro-batches)"
         )
     elif isinstance(needs, Foreseen) and config.plan.tflops:
         seconds = needs.step_flops / (config.plan.tflops * 1e12 * needs.processes)
         work = f"{needs.step_flops / 1e12:,.0f} TFLOP a step"
         what = f"{work} at {config.plan.tflops:g} TFLOP/s on each of {needs.processes}"
-        lines.append(f"time       about {clock(seconds * steps)} ({seconds:.2g} s a step: {what})")
+        lines.append(f"time       about {_clock(seconds * steps)} ({seconds:.2g} s a step: {what})")
     return lines
 
 
@@ -158,19 +159,17 @@ class Foreseen:
 
     def lines(self) -> list[str]:
         """For people."""
-        parts = [f"{name} {size_text(getattr(self.needs, name))}" for name in _PARTS]
+        parts = [f"{name} {size(getattr(self.needs, name))}" for name in _PARTS]
         if self.rest:
-            parts.append(f"Python and data {size_text(self.rest)}")
-        lines = [f"memory     about {size_text(self.peak)} at the peak{self._fits(self.peak)}: {', '.join(parts)}"]
+            parts.append(f"Python and data {size(self.rest)}")
+        lines = [f"memory     about {size(self.peak)} at the peak{self._fits(self.peak)}: {', '.join(parts)}"]
         if self.needs.peak > self.needs.step:
-            lines.append(
-                f"           when the model is saved: a step alone takes {size_text(self.rest + self.needs.step)}"
-            )
+            lines.append(f"           when the model is saved: a step alone takes {size(self.rest + self.needs.step)}")
         if self.processes > 1:
             lines[0] += f"; on each of {self.processes} processes, each with all weights"
             lines.append(
-                f"sharded    about {size_text(self.sharded)} on each of {self.processes}{self._fits(self.sharded)}, "
-                f"with {size_text(self.gathered)} of gathered weights, if all that belongs to a weight is spread over "
+                f"sharded    about {size(self.sharded)} on each of {self.processes}{self._fits(self.sharded)}, "
+                f"with {size(self.gathered)} of gathered weights, if all that belongs to a weight is spread over "
                 "them (FSDP2), which palate does not do by itself yet"
             )
         return lines
@@ -193,7 +192,7 @@ class Estimated:
 
     def lines(self) -> list[str]:
         """For people."""
-        parts = ", ".join(f"{name} {size_text(size)}" for name, size in self.parts.items())
+        parts = ", ".join(f"{name} {size(part)}" for name, part in self.parts.items())
         return [f"memory     weights and about {parts} (by rule of thumb: {self.why})"]
 
 
@@ -345,8 +344,8 @@ def check_disk(config, model, out: Path) -> None:
     free = shutil.disk_usage(above).free
     if weights + kept * each > free:
         what = (
-            f"the run needs about {size_text(weights + kept * each)}, of which each of {kept} checkpoints takes "
-            f"{size_text(each)}; {size_text(free)} are free"
+            f"the run needs about {size(weights + kept * each)}, of which each of {kept} checkpoints takes "
+            f"{size(each)}; {size(free)} are free"
         )
         raise MachineError(what, where=str(out), code="E315", next="free some space, or lower --train.keep")
 
@@ -408,11 +407,7 @@ def disk_needs(config, model) -> tuple[int, int, int]:
     return weights, 3 * sum(p.numel() * 4 for p in model.parameters() if p.requires_grad), config.train.keep + 1
 
 
-def size_text(size: float) -> str:
-    return f"{size / 2**30:.1f} GB" if size >= 2**30 else f"{size / 2**20:.0f} MB"
-
-
-def clock(seconds: float) -> str:
+def _clock(seconds: float) -> str:
     if seconds > 5400:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
