@@ -92,10 +92,11 @@ def test_the_whole_road_in_little_time(tmp_path):
     assert all(one["peak_bytes"] > 2**28 and not one["trials"] for one in found["ways"])
     assert "no other seed or learning rate is tried: that takes --minutes" in made.stderr  # and the table says so
     assert found["better"] == (dpo["low"] > 0.5)
-    assert spin["samples"] == 2 * 64 and judged["samples"] in (64 * 8, 2 * 64 * 8)  # little time, few prompts
-    tables = [read_json(out / one["run"] / "rounds.json")["rounds"] for one in (spin, judged)]
-    assert [row["round"] for row in tables[0]] == [1, 2] and all(row["pairs"] for row in tables[0])
-    assert judged["samples"] == 64 * 8 * len(tables[1])  # it stops where its judgements give no pairs
+    for one, samples in ((spin, 64), (judged, 64 * 8)):  # little time, few prompts
+        rows = read_json(out / one["run"] / "rounds.json")["rounds"]
+        assert [row["round"] for row in rows] in ([1], [1, 2])  # a round without a gain, or without pairs, is the last
+        assert one["samples"] == samples * len(rows)
+        assert one is judged or all(row["pairs"] for row in rows)
     verbs = [command.split()[1] for command in found["commands"][1:]]
     assert verbs == ["pretrain", "sft", "dpo", "reward", "ppo", "spin", "self-reward", *["compare"] * 4, "report"]
     base, tuned = (read_json(out / name / "run.json")["result"] for name in ("base", "sft"))
