@@ -165,7 +165,8 @@ def kills(args, keep) -> None:
 
 def progress(out: Path) -> int:
     """Chunks of the rounds, and lines of what is logged."""
-    logs = sum(path.read_bytes().count(b"\n") for path in out.rglob("metrics.jsonl"))
+    logged = (path for where in (".", "start", "rounds/*") for path in out.glob(f"{where}/metrics.jsonl"))
+    logs = sum(path.read_bytes().count(b"\n") for path in logged)  # `rglob` raises where a checkpoint goes meanwhile
     return logs + len(list(out.glob("rounds/*/*.json*"))) + len(list(out.glob("rounds/*/*/[0-9]*.jsonl")))
 
 

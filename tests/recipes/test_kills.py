@@ -44,11 +44,10 @@ def made(folder: Path) -> dict[str, bytes]:
 def progress(folder: Path) -> int:
     """Files that are there, and lines of what is logged."""
     count = 0
-    for path in folder.rglob("*"):
-        try:
-            count += path.read_bytes().count(b"\n") if path.name == "metrics.jsonl" else 1
-        except OSError:  # gone since, as halves and old checkpoints go
-            continue
+    for parent, _, names in os.walk(folder):  # `rglob` raises where a folder goes under its feet
+        count += len(names)
+        if "metrics.jsonl" in names:
+            count += Path(parent, "metrics.jsonl").read_bytes().count(b"\n")
     return count
 
 
