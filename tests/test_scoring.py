@@ -147,24 +147,27 @@ def test_dropout_in_the_config_changes_nothing():
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("chunks", [1, 3])
-def test_the_chunk_kept_for_backward_gives_the_gradients_of_one_that_is_made_again(chunks, precision, monkeypatch):
-    """Plain autograd through all logits at once is the truth; a second backward finds nothing kept."""
+@pytest.mark.parametrize("frozen", [False, True])
+def test_chunks_give_the_gradients_of_all_logits_at_once(frozen, chunks, precision, monkeypatch):
+    """Plain autograd through all logits at once is the truth. A second backward finds no logits kept; a frozen head
+    needs none."""
     from palate.model import logprob
 
     model, batch = build("gemma2"), collate(groups_of(12, (9, 20, 18), (4, 11)))
     monkeypatch.setattr(logprob, "LOGITS_PER_CHUNK", -(-len(batch.targets) // 16 // chunks) * 16 * 300)
     numerics = Numerics(precision)
     support(model)
-    head = model.get_output_embeddings()
-    names = [name for name, _ in model.named_parameters()]
+    head = model.get_output_embeddings().requires_grad_(not frozen)  # gemma's is the embedding, too
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    weights = torch.linspace(-1, 1, len(batch.targets))
 
     def gradients(value, **options):
-        return torch.autograd.grad(value.sum(), list(model.parameters()), **options)
+        return torch.autograd.grad((value * weights).sum(), list(trained.values()), **options)
 
     value = token_logps(model, batch, numerics=numerics)
     kept = gradients(value, retain_graph=True)
     again = gradients(value)
-    for name, one, two in zip(names, kept, again, strict=True):
+    for name, one, two in zip(trained, kept, again, strict=True):
         assert torch.equal(one, two), name
 
     def plain(model, predictors, targets, transform, hidden=None):
@@ -192,18 +195,19 @@ def test_the_chunk_kept_for_backward_gives_the_gradients_of_one_that_is_made_aga
     monkeypatch.setattr("palate.scoring.scored_rows", plain)
     truth = gradients(token_logps(model, batch, numerics=numerics))
     slack = 1e-5 if precision == "float32" else 3e-2
-    for name, one, two in zip(names, kept, truth, strict=True):
+    for name, one, two in zip(trained, kept, truth, strict=True):
         assert float((one - two).norm()) <= slack * float(two.norm()), name
 
 
-def test_the_full_logits_never_exist(monkeypatch):
-    """No head output is taller than a chunk, whatever the stream's length."""
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_full_logits_never_exist(frozen, monkeypatch):
+    """No head output is taller than a chunk, whatever the stream's length; a frozen head runs once on every chunk."""
     import palate.model.logprob as logprob
 
     model = build("llama")
     support(model)
     monkeypatch.setattr(logprob, "LOGITS_PER_CHUNK", 300 * 16)
-    head, tallest = model.get_output_embeddings(), []
+    head, tallest = model.get_output_embeddings().requires_grad_(not frozen), []
     weight_forward = head.forward
 
     def forward(rows):
@@ -215,7 +219,8 @@ def test_the_full_logits_never_exist(monkeypatch):
     value = token_logps(model, batch)
     value.sum().backward()
     assert max(tallest) == 16
-    assert len(tallest) == 2 * -(-len(batch.targets) // 16) - 1  # backward begins with the last one, which is kept
+    chunks = -(-len(batch.targets) // 16)
+    assert len(tallest) == (chunks if frozen else 2 * chunks - 1)  # backward begins with the last one, which is kept
     del head.forward
     assert torch.equal(value, token_logps(model, batch))
 

@@ -1,9 +1,10 @@
 """Log-probs of given tokens behind the model's own LM head, on scored rows alone, without the full logits.
 
 The head module is called on chunks of rows, inside the model's own forward: a wrapped head (LoRA, sharded, biased) goes
-through the same door as a bare one. Backward begins with the last chunk, whose logits were kept for it, and computes
-the others again: one chunk is there at the end of forward and at the start of backward in any case, so what is kept
-raises no peak, and where one chunk is all the head runs once.
+through the same door as a bare one. Where the head is frozen, forward turns a chunk's logits into what backward needs
+of them, a gradient a row, and the head runs once. Where it learns, backward begins with the last chunk, whose logits
+were kept for it, and computes the others again: one chunk is there at the end of forward and at the start of backward
+in any case, so what is kept raises no peak, and where one chunk is all the head runs once there too.
 """
 
 from collections.abc import Callable, Iterator
@@ -65,7 +66,7 @@ def scored_rows(
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, predictors)
         if hidden_rows is not None:
             hidden_rows.append(rows)
-        keep = torch.is_grad_enabled()
+        keep = torch.is_grad_enabled() and (rows.requires_grad or bool(parameters))
         found.append(_TargetLogps.apply(rows, targets, original, transform, size, keep, *parameters)[:count])
         return hidden[..., :1]
 
@@ -80,7 +81,11 @@ def scored_rows(
 
 
 class _TargetLogps(torch.autograd.Function):
-    """log softmax(head(rows))[targets], (N,), float32 at least; keeps one number a row and the last chunk's logits."""
+    """log softmax(head(rows))[targets], (N,), float32 at least.
+
+    keep: whether backward may come. It finds one number a row and the last chunk's logits, or of a frozen head
+    d log-prob / d row.
+    """
 
     @staticmethod
     def forward(ctx, rows, targets, head, transform, size, keep, *parameters):
@@ -88,37 +93,50 @@ class _TargetLogps(torch.autograd.Function):
         ctx.autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         ctx.head, ctx.transform, ctx.device = head, transform, device
         ctx.sizes = [len(rows) % size] * (len(rows) % size > 0) + [size] * (len(rows) // size)  # the last one is full
-        ctx.kept = None
-        logps, norms = [], []
+        ctx.kept, ctx.frozen = None, keep and not parameters
+        logps, norms, gradients = [], [], []
         pieces = zip(rows.split(ctx.sizes), targets.split(ctx.sizes), strict=True)
         for number, (part, wanted) in enumerate(pieces, start=1):
-            if keep and number == len(ctx.sizes):
-                ctx.kept = _logits(ctx, part)
-                logits = ctx.kept[-1]
+            last = number == len(ctx.sizes)
+            if ctx.frozen or (keep and last):
+                leaf, logits = _logits(ctx, part)
             else:
                 raw = head(part)
                 logits = raw if transform is None else transform(raw)
             found, norm = row_logps(logits, wanted)
             logps.append(found)
             norms.append(norm)
-        ctx.save_for_backward(rows, targets, torch.cat(norms), *parameters)
+            if ctx.frozen:
+                gradients += _slopes(ctx, leaf, logits, norm, wanted, torch.ones_like(norm))
+            elif keep and last:
+                ctx.kept = leaf, logits
+            del logits  # before the next chunk's are made
+        ctx.save_for_backward(*(gradients if ctx.frozen else (rows, targets, torch.cat(norms), *parameters)))
         return torch.cat(logps)
 
     @staticmethod
     def backward(ctx, gradient):
+        if ctx.frozen:
+            found = torch.cat(ctx.saved_tensors)
+            return (found * gradient[:, None]).to(found.dtype), None, None, None, None, None
         rows, targets, norms, *parameters = ctx.saved_tensors
         row_gradients, sums = [], [None] * len(parameters)
         kept, ctx.kept = ctx.kept, None  # a second backward finds nothing kept
         pieces = [x.split(ctx.sizes) for x in (rows, targets, norms, gradient)]
         for part, wanted, norm, weight in reversed(list(zip(*pieces, strict=True))):
-            part, logits = _logits(ctx, part) if kept is None else kept
+            leaf, logits = _logits(ctx, part) if kept is None else kept
             kept = None
-            slope = row_slopes(logits, norm, wanted, weight, spare=ctx.transform is None)
-            first, *rest = torch.autograd.grad(logits, [part, *parameters], slope, allow_unused=True)
+            first, *rest = _slopes(ctx, leaf, logits, norm, wanted, weight, *parameters)
             row_gradients.append(first)
             sums = [_added(old, new) for old, new in zip(sums, rest, strict=True)]
-            del logits, slope  # before the next chunk's are made
+            del logits
         return torch.cat(row_gradients[::-1]), None, None, None, None, None, *sums
+
+
+def _slopes(ctx, leaf: Tensor, logits: Tensor, norms: Tensor, targets: Tensor, weights: Tensor, *parameters) -> tuple:
+    """The gradients of sum(weights * log-probs) for a chunk's rows and the head's parameters; logits are used up."""
+    slope = row_slopes(logits, norms, targets, weights, spare=ctx.transform is None)
+    return torch.autograd.grad(logits, [leaf, *parameters], slope, allow_unused=True)
 
 
 def _logits(ctx, part: Tensor) -> tuple[Tensor, Tensor]:
