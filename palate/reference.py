@@ -128,7 +128,7 @@ def reference_column(
     keys, lengths = row_keys(groups) if keys is None else keys, Lengths.of(groups)
     places, number = distinct(keys)
     own = keys if len(places) == len(keys) else keys[places]
-    facts = {"identity": identity, "tag": tag, "tokens": tokens, "keys": hashlib.sha256(own.tobytes()).hexdigest()}
+    facts = {"identity": identity, "tag": tag, "tokens": tokens, "keys": content_digest(own)}
     plan = _plan(lengths, places, own, facts, store, folder)
     values = np.full(len(places), np.nan)
     values[plan.found] = plan.logps
@@ -176,13 +176,18 @@ def _digest(arrays: dict[str, np.ndarray], facts: str) -> str:
     digest = hashlib.sha256(facts.encode())
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
-        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+        digest.update(_bytes(arrays[name]))
     return digest.hexdigest()
 
 
 def content_digest(keys: np.ndarray) -> str:
     """SHA-256 that stands for every token id and span of the groups with these keys, in order."""
-    return hashlib.sha256(keys.tobytes()).hexdigest()
+    return hashlib.sha256(_bytes(keys)).hexdigest()
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    """The array's bytes in C order, without a copy where they lie so."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 @dataclass(frozen=True)

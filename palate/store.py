@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from palate.files import Lock, make_folder, remove_file, save_tensors, write_jso
 
 BLOCK = 1024  # rows under one checksum
 MAX_SEGMENTS = 64
-AT_ONCE = 2**17  # keys that are looked up before mapped pages are given back
+AT_ONCE = 2**17  # rows that are looked at before mapped pages are given back
 _COLUMNS = {"hi": np.uint64, "lo": np.uint64, "logp": np.float64, "length": np.int64}
 _STALE_SECONDS = 86400
 
@@ -92,18 +92,16 @@ class ScoreStore:
         found = np.zeros(len(keys), dtype=bool)
         logp, length = np.full(len(keys), np.nan), np.zeros(len(keys), dtype=np.int64)
         tags: set[str] = set()
+        missing = np.argsort(keys[:, 0])  # neighbours lie on one page
         for segment in sorted(self._segments.values(), key=lambda s: (s.tag != tag, s.name)):
-            open_rows = np.flatnonzero(~found)
-            if not len(open_rows):
-                break
-            open_rows = open_rows[np.argsort(keys[open_rows, 0])]  # neighbours lie on one page
-            at = segment.search(keys, open_rows)
-            hits, at = open_rows[at >= 0], at[at >= 0]
-            if not len(hits):
+            at = segment.search(keys, missing)
+            if not (here := at >= 0).any() or not self._sound(segment, at):
                 continue
-            if not self._sound(segment, at):
-                continue
-            found[hits], logp[hits], length[hits] = True, segment.take("logp", at), segment.take("length", at)
+            for part in _parts(len(missing)):
+                hits, rows = missing[part][here[part]], at[part][here[part]]
+                found[hits], logp[hits], length[hits] = True, segment.logp[rows], segment.length[rows]
+                segment.give_back()
+            missing = missing[~here]
             tags.add(segment.tag)
         return found, logp, length, tags
 
@@ -122,9 +120,8 @@ class ScoreStore:
         new = np.isfinite(logp)
         for segment in [segment for segment in self._segments.values() if segment.tag == tag]:
             at = segment.search(keys, np.arange(len(keys)))
-            hits = at >= 0
-            if self._sound(segment, at[hits]):
-                new &= ~hits
+            if self._sound(segment, at):
+                new &= at < 0
         rows = _sorted_rows(keys[new], logp[new], length[new])
         if not len(rows["hi"]):
             return 0
@@ -280,7 +277,11 @@ class _Segment:
 
     def search(self, keys: np.ndarray, asked: np.ndarray) -> np.ndarray:
         """(n,) int64: the row of each key that is asked for by its number, -1 where it is not here."""
-        return self._in_parts(lambda part: self._search(keys[part, 0], keys[part, 1]), asked)
+        found = np.empty(len(asked), np.int64)
+        for part in _parts(len(asked)):
+            found[part] = self._search(keys[asked[part], 0], keys[asked[part], 1])
+            self.give_back()
+        return found
 
     def _search(self, hi: np.ndarray, lo: np.ndarray) -> np.ndarray:
         at = np.searchsorted(self.hi, hi)
@@ -293,17 +294,6 @@ class _Segment:
         here = np.flatnonzero(at < self.rows)
         return here[(self.hi[at[here]] == hi[here]) & (self.lo[at[here]] < lo[here])]
 
-    def take(self, column: str, at: np.ndarray) -> np.ndarray:
-        """(n,) the column's values in these rows."""
-        return self._in_parts(getattr(self, column).__getitem__, at)
-
-    def _in_parts(self, look: Callable[[np.ndarray], np.ndarray], rows: np.ndarray) -> np.ndarray:
-        found = []
-        for start in range(0, max(len(rows), 1), AT_ONCE):
-            found.append(np.asarray(look(rows[start : start + AT_ONCE])))
-            self.give_back()
-        return np.concatenate(found)
-
     def give_back(self) -> None:
         """Mapped pages go back to the system, which reads them again when they are asked for."""
         if hasattr(mmap, "MADV_DONTNEED"):
@@ -311,15 +301,21 @@ class _Segment:
                 getattr(self, column)._mmap.madvise(mmap.MADV_DONTNEED)
 
     def check(self, at: np.ndarray) -> None:
-        """ValueError where the block of one of these rows is not what was written."""
-        for number, block in enumerate(np.unique(np.asarray(at, np.int64) // BLOCK).tolist()):
+        """ValueError where the block of one of these rows is not what was written. at: (n,); -1 is no row."""
+        asked = np.zeros(len(self.checks), dtype=bool)
+        for part in _parts(len(at)):
+            asked[at[part][at[part] >= 0] // BLOCK] = True
+        for number, block in enumerate(np.flatnonzero(asked & ~self.checked).tolist()):
             if number % (AT_ONCE // BLOCK) == 0:
                 self.give_back()
-            if self.checked[block]:
-                continue
             if _checksum({column: getattr(self, column) for column in _COLUMNS}, block) != int(self.checks[block]):
                 raise ValueError(f"rows from {block * BLOCK} on were changed")
             self.checked[block] = True
+
+
+def _parts(count: int) -> Iterator[slice]:
+    """`count` rows, AT_ONCE at a time."""
+    return (slice(start, start + AT_ONCE) for start in range(0, count, AT_ONCE))
 
 
 def _encode(rows: dict[str, np.ndarray], tag: str, identity: str) -> tuple[str, dict[str, np.ndarray], dict[str, str]]:

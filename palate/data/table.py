@@ -69,11 +69,13 @@ def distinct(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     keys: (n, 2) uint64.
     """
-    hi, lo = keys[:, 0].copy(), keys[:, 1].copy()
+    hi, lo = keys[:, 0], keys[:, 1]
     sort = np.argsort(hi)
-    equal = hi[sort[1:]] == hi[sort[:-1]]
+    ranked = hi[sort]
+    equal = ranked[1:] == ranked[:-1]
     if not equal.any():
         return np.arange(len(keys)), np.arange(len(keys))
+    del ranked
     if (lo[sort[1:]] != lo[sort[:-1]])[equal].any():  # half a key in common
         sort = np.lexsort((lo, hi))
         equal = (hi[sort[1:]] == hi[sort[:-1]]) & (lo[sort[1:]] == lo[sort[:-1]])
@@ -203,9 +205,13 @@ class _Whole:
 
     def column(self, name: str, places: np.ndarray) -> np.ndarray:
         """(n, 2) uint64 of a column at these places."""
-        found = self._joined([getattr(batch, name) for batch in self.batches], np.uint64).reshape(-1, 2)
-        self.give_back()
-        return found[places]
+        parts = [getattr(batch, name) for batch in self.batches]
+        found, end = np.empty(sum(map(len, parts)), np.uint64), 0
+        for part in parts:
+            end += len(part)
+            found[end - len(part) : end] = part
+            self.give_back()
+        return found.reshape(-1, 2)[places]
 
     def group(self, row: int, reference: np.ndarray | None) -> TokenGroup:
         number = int(np.searchsorted(self.starts, row, side="right")) - 1
