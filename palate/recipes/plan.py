@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from palate.errors import MachineError, UsageError
 from palate.recipes.verbs import Say
-from palate.report.words import size
+from palate.report.words import duration, size
 
 
 class PlanConfig(BaseModel):
@@ -103,13 +103,13 @@ def plan_lines(
     ]
     if seconds is not None:
         lines.append(
-            f"time       about {_clock(seconds * steps)} ({seconds:.2g} s a step, from {TIMED} timed micro-batches)"
+            f"time       about {duration(seconds * steps)} ({seconds:.2g} s a step, from {TIMED} timed micro-batches)"
         )
     elif isinstance(needs, Foreseen) and config.plan.tflops:
         seconds = needs.step_flops / (config.plan.tflops * 1e12 * needs.processes)
         work = f"{needs.step_flops / 1e12:,.0f} TFLOP a step"
         what = f"{work} at {config.plan.tflops:g} TFLOP/s on each of {needs.processes}"
-        lines.append(f"time       about {_clock(seconds * steps)} ({seconds:.2g} s a step: {what})")
+        lines.append(f"time       about {duration(seconds * steps)} ({seconds:.2g} s a step: {what})")
     return lines
 
 
@@ -405,9 +405,3 @@ def disk_needs(config, model) -> tuple[int, int, int]:
 
     weights = 4 * count_weights(model) if is_quantized(model) else _bytes_of(model)
     return weights, 3 * sum(p.numel() * 4 for p in model.parameters() if p.requires_grad), config.train.keep + 1
-
-
-def _clock(seconds: float) -> str:
-    if seconds > 5400:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
