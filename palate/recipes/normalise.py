@@ -9,19 +9,22 @@ from palate.errors import ModelError
 from palate.recipes.retain import spread
 
 MOST_TOKENS = 128  # of a sample
+ROWS = 16  # times --normalise: rows whose prompts are looked at
 
 
 def draw(config, tokenizer, policy, groups) -> list[dict[str, list[int]]]:
     """Ids of --normalise samples at temperature 1 and of their prompts; the data's own where it has no prompts."""
+    from palate.data.table import Lengths
     from palate.data.tokens import end_tokens
     from palate.sampling.generate import generate
 
+    longest = int(Lengths.of(groups).completion.max())
+    groups = spread(groups, ROWS * config.normalise)
     prompts = list({group.prompt.tobytes(): group.prompt for group in groups if len(group.prompt)}.values())
     if not prompts:
         rows = [{"prompt": [], "ids": ids.tolist()} for group in groups for ids in group.completions]
         return spread(rows, config.normalise)
     prompts = spread(prompts, config.normalise)
-    longest = max(len(ids) for group in groups for ids in group.completions)
     made = generate(
         policy,
         tokenizer,

@@ -54,14 +54,12 @@ class Watched:
     """What the page looks at besides the rows.
 
     policy: what the reward model is built from, for sampling; it shares its weights, and goes once it has sampled.
-    samples: groups that rewards are normalised on. truth: the judge of --truth; records: by where they stand, for it;
-    margins: by the truth, of the held-out pairs.
+    samples: groups that rewards are normalised on. truth: the judge of --truth; margins: by it, of the held-out pairs.
     """
 
     truth: Any = None
     policy: Any = None
     samples: list[Any] = field(default_factory=list)
-    records: dict[str, Any] = field(default_factory=dict)
     margins: list[float] | None = None
 
 
@@ -72,6 +70,7 @@ def run(
 
     stop: as for `train`.
     """
+    from palate.data.sources import read_pairs
     from palate.data.table import joined
     from palate.sampling.judge import open_judge
     from palate.train.objectives import reward
@@ -83,9 +82,10 @@ def run(
     if config.truth is not None:
         watched.truth = open_judge(config.truth, device=config.device, seed=config.seed)
         watched.truth.require_scores("truth")
+    read = partial(read_pairs, columns=config.columns or None, format=config.format, bad_rows=config.bad_rows)
     prepared = prepare(
         config,
-        partial(read, config, watched),
+        read,
         lambda numerics: reward("bradley_terry", numerics, margin=config.margin, centring=config.centring),
         usable=with_signal,
         say=say,
@@ -103,7 +103,7 @@ def run(
         argv=argv,
         say=say,
         panel=panel,
-        annotate=partial(begin, config, prepared, watched, say),
+        annotate=partial(begin, config, prepared, watched, read, say),
         better="-eval/loss",
         verdict=verdict,
         stop=stop,
@@ -114,16 +114,6 @@ def run(
             next="palate compare A B --data PROMPTS --judge {run}",
         ),
     )
-
-
-def read(config: RewardConfig, watched: Watched, data: str):
-    """The pairs or ranked lists of a file, which --truth remembers."""
-    from palate.data.sources import read_pairs
-
-    records = read_pairs(data, columns=config.columns or None, format=config.format, bad_rows=config.bad_rows)
-    if watched.truth is not None:
-        watched.records |= {str(record.source): record for record in records}
-    return records
 
 
 def learning_rate(config: RewardConfig, parameters: int) -> tuple[float, str]:
@@ -149,26 +139,29 @@ def with_head(config: RewardConfig, watched: Watched, loaded):
 
 def check_margins(config: RewardConfig, groups) -> None:
     """Nothing, where --margin has margins to count, one of every pair; else UsageError (E316)."""
-    without = sum(group.margin is None for group in groups)
-    if config.margin and without:
+    if config.margin and (without := sum(group.margin is None for group in groups)):
         what = f"has no effect on the {without} of {len(groups)} rows that have no number in a column margin"
         raise UsageError(
             what, where="margin", code="E316", next="drop it, or name the column with --columns margin=NAME"
         )
 
 
-def begin(config: RewardConfig, prepared, watched: Watched, say, run, train, held):
+def begin(config: RewardConfig, prepared, watched: Watched, read, say, run, train, held):
     """The samples that rewards are normalised on, drawn once and kept in the run; the head brought to their scale."""
+    from palate.data.table import joined
     from palate.evaluation.truth import true_margins
     from palate.files import read_json, write_json
     from palate.model.heads import scale_head
 
     if watched.truth is not None:
-        watched.margins = true_margins(watched.truth, watched.records, held)
+        wanted = {str(group.source) for group in held}
+        records = read(config.data if config.eval == "auto" else config.eval, hold=False)
+        texts = {where: record for record in records if (where := str(record.source)) in wanted}
+        watched.margins = true_margins(watched.truth, texts, held)
     path = run.path / SAMPLES
     if not path.exists():
-        write_json(path, draw(config, prepared.loaded.tokenizer, watched.policy, [*train, *held]))
-    watched.policy, watched.records = None, {}
+        write_json(path, draw(config, prepared.loaded.tokenizer, watched.policy, joined(train, held)))
+    watched.policy = None
     watched.samples = as_groups(read_json(path))
     model = prepared.loaded.model
     mean, deviation = moments(config, prepared, watched.samples)

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from runs_kit import TEMPLATE, chats, demonstrations, feedbacks, metrics, pairs, write_rows
+from runs_kit import JUDGES, TEMPLATE, chats, demonstrations, feedbacks, metrics, pairs, write_rows
 from safetensors.numpy import load_file
 
 from palate.data import sources, table
@@ -60,16 +60,18 @@ CASES = {
     "ranked": ("dpo", pairs, {"loss": "plackett_luce"}),
     "kto": ("kto", feedbacks, {}),
     "sft": ("sft", demonstrations, {"eval": "none", "eval_every": None}),
+    "reward": ("reward", pairs, {"truth": "liking:like"}),
 }
 
 
 @pytest.mark.parametrize(
-    "case", ["dpo", "kto", "sft", *(pytest.param(c, marks=pytest.mark.slow) for c in ("chats", "ranked"))]
+    "case", ["dpo", "kto", "sft", "reward", *(pytest.param(c, marks=pytest.mark.slow) for c in ("chats", "ranked"))]
 )
 def test_a_run_over_tokens_that_are_kept_is_the_run_over_lists(palate, chatty, tmp_path, monkeypatch, case):
     """Weights, metrics, samples, reference column, data.json and rejects are equal; made, found, and found again."""
     verb, make, options = CASES[case]
     data = write_rows(tmp_path / "d.jsonl", rows_with_faults(make, 44))
+    (tmp_path / "liking.py").write_text(JUDGES)
     options = SMALL | dict(model=chatty, data=data, bad_rows="skip") | options
     palate.ok(verb, out="lists", **options)
     assert not folders()
