@@ -89,21 +89,22 @@ def read_texts(
     return _read((hold, known), data, dialects.TEXTS, "running text", columns, format, bad_rows, rejects)
 
 
-def read_feedback(data, *, columns=None, format=None, bad_rows="stop", rejects=None) -> Records[Feedback]:
+def read_feedback(
+    data, *, columns=None, format=None, bad_rows="stop", rejects=None, hold=True, known=None
+) -> Records[Feedback]:
     """The single feedback of `data`, as `read_pairs`; preference pairs give a wanted and an unwanted row each.
 
     `mismatched` is the completion of the next row in file order, the first after the last, under another prompt.
     Raises DataError where one class is absent (E226) or all rows share one prompt (E233).
     """
-    tables = [*dialects.FEEDBACK, *dialects.PAIRS]
-    records = _read((True, None), data, tables, "feedback", columns, format, bad_rows, rejects, _as_feedback)
-    where = ", ".join(source["path"] for source in records.sources)
-    wanted = sum(row.label for row in records)
-    if wanted in (0, len(records)):
-        only, other = ("true", "false") if wanted else ("false", "true")
-        what = f"all {len(records)} labels are {only}, none is {other}"
-        raise DataError(what, where=where, code="E226", next="add rows of the other class")
-    return replace(records, records=tuple(_with_mismatched(records.records, where)))
+    tables, classes = [*dialects.FEEDBACK, *dialects.PAIRS], _Classes()
+    records = _read((hold, known), data, tables, "feedback", columns, format, bad_rows, rejects, classes.of)
+    if known is None:
+        classes.check(", ".join(source["path"] for source in records.sources))
+    rows = records.records
+    if isinstance(rows, Reread):
+        return replace(records, records=Reread(len(rows), lambda: _with_mismatched(rows)))
+    return replace(records, records=tuple(_with_mismatched(rows)))
 
 
 def read_prompts(data, *, columns=None, format=None, bad_rows="stop", rejects=None) -> Records[Prompt]:
@@ -146,25 +147,55 @@ def _as_prompt(record: Record) -> list[Prompt]:
     return [Prompt(record.prompt, record.source)]
 
 
-def _as_feedback(record: Feedback | PreferencePair) -> list[Feedback]:
-    if isinstance(record, Feedback):
-        return [record]
-    sides = ((record.chosen, True), (record.rejected, False))
-    return [Feedback(record.prompt, completion, label, source=record.source) for completion, label in sides]
+class _Classes:
+    """What feedback has to have as a whole, counted as its rows are made."""
+
+    def __init__(self):
+        self.labels = {True: 0, False: 0}
+        self.prompt: Any = None
+        self.one_prompt = True
+
+    def of(self, record: Feedback | PreferencePair) -> list[Feedback]:
+        """The record's rows."""
+        if isinstance(record, Feedback):
+            rows = [record]
+        else:
+            sides = ((record.chosen, True), (record.rejected, False))
+            rows = [Feedback(record.prompt, completion, label, source=record.source) for completion, label in sides]
+        for row in rows:
+            self.prompt = row.prompt if self.prompt is None else self.prompt
+            self.one_prompt = self.one_prompt and row.prompt == self.prompt
+            self.labels[row.label] += 1
+        return rows
+
+    def check(self, where: str) -> None:
+        """Nothing, or DataError (E226, E233)."""
+        count = sum(self.labels.values())
+        if 0 in self.labels.values():
+            only, other = ("true", "false") if self.labels[True] else ("false", "true")
+            what = f"all {count} labels are {only}, none is {other}"
+            raise DataError(what, where=where, code="E226", next="add rows of the other class")
+        if self.one_prompt:
+            what = f"all {count} rows have one prompt; KTO compares completions with those of other prompts"
+            raise DataError(what, where=where, code="E233", next="add rows under another prompt, or use pairs and dpo")
 
 
-def _with_mismatched(rows: tuple[Feedback, ...], where: str) -> Iterator[Feedback]:
-    size = len(rows)
-    later = [0] * (2 * size)  # over two rounds of the file: the next row whose prompt is another
-    later[-1] = -1
-    for index in range(2 * size - 2, -1, -1):
-        same = rows[index % size].prompt == rows[(index + 1) % size].prompt
-        later[index] = later[index + 1] if same else (index + 1) % size
-    if -1 in later[:size]:
-        what = f"all {size} rows have one prompt; KTO compares completions with those of other prompts"
-        raise DataError(what, where=where, code="E233", next="add rows under another prompt, or use pairs and dpo")
-    for index, row in enumerate(rows):
-        yield replace(row, mismatched=rows[later[index]].completion)
+def _with_mismatched(rows: Iterable[Feedback]) -> Iterator[Feedback]:
+    """The rows, no more of them held than stand together under one prompt."""
+    start: Feedback | None = None
+    other: Feedback | None = None  # the first under another prompt than the start
+    waiting: list[Feedback] = []
+    for row in rows:
+        start = start or row
+        if other is None and row.prompt != start.prompt:
+            other = row
+        if waiting and row.prompt != waiting[0].prompt:
+            yield from (replace(one, mismatched=row.completion) for one in waiting)
+            waiting = []
+        waiting.append(row)
+    if start and other:  # after the last row comes the first
+        then = other if waiting[0].prompt == start.prompt else start
+        yield from (replace(one, mismatched=then.completion) for one in waiting)
 
 
 # where rows come from

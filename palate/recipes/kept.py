@@ -42,7 +42,7 @@ def read_kept(read: Callable, data: str, say: Say):
     return replace(records, folder=place)
 
 
-STREAMED = ("read_pairs", "read_demonstrations", "read_texts")  # each row is a record whatever the others are
+STREAMED = ("read_pairs", "read_feedback", "read_demonstrations", "read_texts")
 
 
 @dataclass(frozen=True)

@@ -254,6 +254,17 @@ def test_feedback_dialects(row):
     assert second.prompt == (u("How?"),)
 
 
+@pytest.mark.parametrize("prompts", ["ab", "aab", "abb", "aba", "aabbaacbba", "abbbb", "aaaab", "abcabc"])
+def test_mismatched_completions_come_from_the_next_row_under_another_prompt_around_the_end(prompts):
+    """Held or read again each time, the same rows, those of the definition."""
+    rows = [{"prompt": p + "?", "completion": f"{n}", "label": n % 2 == 0} for n, p in enumerate(prompts)]
+    streamed = read_feedback(rows, hold=False)
+    assert list(read_feedback(rows)) == list(streamed) == list(streamed)
+    for n, row in enumerate(streamed):
+        after = [(n + k) % len(prompts) for k in range(1, len(prompts))]
+        assert row.mismatched == str(next(k for k in after if prompts[k] != prompts[n]))
+
+
 def test_pairs_as_feedback():
     pairs = [{"prompt": p, "chosen": p + "+", "rejected": p + "-"} for p in "ab"]
     # completions that repeat a prompt as a whole conversation would are refused, these only begin with another letter
