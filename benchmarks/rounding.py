@@ -1,0 +1,121 @@
+"""What bfloat16 does to the log-ratios that a DPO loss is made of, in our stream and in plain padded rows.
+
+    python benchmarks/rounding.py --model FOLDER --json out.json
+
+A model takes a few steps in float32. Between the weights before and after lies the margin of every pair: (chosen
+less rejected) log-ratio, nats. The same margins are taken in bfloat16, by `palate.scoring` and by a loop over pairs
+whose padded rows run under plain autocast with full logits; what float32 says is the truth. Pairs are random ids in the
+profiles' lengths, of which a model thinks little: their log-probs are large, and so is what is rounded off.
+"""
+
+import argparse
+import copy
+import sys
+
+import numpy as np
+from sides import Ours, groups_of
+from tables import deliver, machine, options, shown, table, told_again
+from workload import BATCH, BETA, PROFILES, Cell, build, model_folder, model_options, rows_of
+
+MARK = "rounding"
+
+
+def of_ours(model, groups: list, precision: str) -> np.ndarray:
+    """(G, 2) log-probs as palate scores them, nats."""
+    import torch
+
+    from palate.data.batch import collate, stream_length
+    from palate.data.stream import pack
+    from palate.scoring import Numerics, logps
+
+    numerics, found = Numerics.of(model, precision, 2048), []
+    with torch.no_grad():
+        for part in pack([stream_length(group) for group in groups], 2048):
+            found += logps(model, collate([groups[i] for i in part]), numerics=numerics).total.tolist()
+    return np.reshape(found, (-1, 2))
+
+
+def of_rows(model, groups: list) -> np.ndarray:
+    """(G, 2) log-probs of two padded rows a pair, under autocast, through the model's own logits."""
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    found = []
+    for group in groups:
+        start = len(group.prompt)
+        rows = [torch.tensor(np.concatenate([group.prompt, ids])).long() for ids in group.completions]
+        ids, mask = pad_sequence(rows, batch_first=True), pad_sequence([torch.ones_like(r) for r in rows], True)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        for row, own in zip(rows, logits, strict=True):
+            values = own[start - 1 : len(row) - 1].float().log_softmax(-1)
+            found.append(float(values.gather(-1, row[start:, None]).double().sum()))
+    return np.reshape(found, (-1, 2))
+
+
+def measure(cell: Cell) -> dict:
+    """One row of the table."""
+    model = build(cell, ours=True)
+    before = copy.deepcopy(model)
+    rows = rows_of(cell, model.config.vocab_size)
+    ours = Ours(cell, rows, model)
+    for _ in range(2):
+        ours.step()
+    groups = groups_of(rows[BATCH:])
+
+    def margins(score, *args) -> np.ndarray:
+        ratios = score(model, groups, *args) - score(before, groups, *args)
+        return ratios[:, 0] - ratios[:, 1]
+
+    truth = margins(of_ours, "float32")
+    found = {"model": cell.label, "profile": cell.profile, "pairs": len(groups), "margin": _root(truth)}
+    for side, error in (("ours", margins(of_ours, "bfloat16") - truth), ("rows", margins(of_rows) - truth)):
+        # at a margin of 0 the loss moves by half of beta times the margin
+        batches = BETA / 2 * error.reshape(-1, BATCH).mean(1)
+        found |= {f"{side}_error": _root(error), f"{side}_mean": float(error.mean()), f"{side}_loss": _root(batches)}
+    return found
+
+
+def _root(values: np.ndarray) -> float:
+    return float(np.sqrt((values**2).mean()))
+
+
+HEAD = ("model", "profile", "pairs", "margin, nats", "off in ours (mean)", "off in rows (mean)")
+HEAD += (f"loss of {BATCH} pairs off in ours / rows",)
+
+
+def text(found: dict) -> str:
+    """The table of what was found; all but the means are root mean squares."""
+    rows = [
+        [
+            *(r["model"], r["profile"], str(r["pairs"]), f"{r['margin']:.2f}"),
+            *(f"{r[f'{side}_error']:.2f} ({r[f'{side}_mean']:+.2f})" for side in ("ours", "rows")),
+            f"{r['ours_loss']:.3f} / {r['rows_loss']:.3f}",
+        ]
+        for r in found["rows"]
+    ]
+    return table(HEAD, rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measures profile after profile, prints the table, writes the JSON after every row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    model_options(parser)
+    parser.add_argument("--quick", action="store_true", help="builtin:tiny, tldr: the script's trial")
+    parser.add_argument("--profile", action="append", choices=PROFILES, help="all unless given")
+    parser.add_argument("--pairs", type=int, default=24, help=f"of each profile, a multiple of {BATCH}")
+    options(parser)
+    given = parser.parse_args(argv)
+    if told_again(given, MARK, text):
+        return 0
+    folder = model_folder(parser, given)
+    found: dict = {"command": shown("rounding.py", argv), "machine": machine(), "rows": []}
+    for profile in given.profile or (["tldr"] if given.quick else PROFILES):
+        found["rows"].append(measure(Cell(str(folder), profile, "float32", "", "", max(2, given.pairs // BATCH))))
+        deliver(given, MARK, found, text)
+    print(text(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
