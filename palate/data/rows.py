@@ -67,7 +67,8 @@ class RowError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A value or a problem. line: physical, from 1 (row number in tables). raw: the row's bytes, empty in tables."""
+    """A value or a problem. line: physical, from 1 (row number in tables), and of no two rows the same: where several
+    of an array begin on one line, the next number. raw: the row's bytes, empty in tables."""
 
     line: int
     raw: bytes
@@ -403,7 +404,7 @@ class Rows:
         if text[position] != "[":
             what = f"not a JSON array: it begins with {text[position]!a}"
             raise self._refused("E113", what, "rename it after what it holds or give --format", line)
-        counted, position = position, position + 1
+        counted, position, number = position, position + 1, 0
         while True:
             position = _skip_space(text, position)
             line += text.count("\n", counted, position)
@@ -438,8 +439,9 @@ class Rows:
                     value, problem = None, RowError("E106", what)
             if len(raw) > MAX_LINE_BYTES:
                 raise self._refused("E114", f"the row is longer than {MAX_LINE_BYTES >> 20} MiB", "split the row", line)
+            number = max(number + 1, line)
             if self._wanted():
-                yield Row(line, raw, value, problem)
+                yield Row(number, raw, value, problem)
             if not mark:
                 return
             position = after + 1 if mark == "," else after

@@ -4,12 +4,13 @@ Source: Ziegler et al. 2019, arXiv:1909.08593, section 2.2.
 """
 
 import math
+from itertools import chain
 
 from palate.errors import ModelError
 from palate.recipes.retain import spread
 
 MOST_TOKENS = 128  # of a sample
-ROWS = 16  # times --normalise: rows whose prompts are looked at
+ROWS = 16  # times --normalise: rows whose prompts are looked at before all others are
 
 
 def draw(config, tokenizer, policy, groups) -> list[dict[str, list[int]]]:
@@ -19,12 +20,16 @@ def draw(config, tokenizer, policy, groups) -> list[dict[str, list[int]]]:
     from palate.sampling.generate import generate
 
     longest = int(Lengths.of(groups).completion.max())
-    groups = spread(groups, ROWS * config.normalise)
-    prompts = list({group.prompt.tobytes(): group.prompt for group in groups if len(group.prompt)}.values())
-    if not prompts:
-        rows = [{"prompt": [], "ids": ids.tolist()} for group in groups for ids in group.completions]
+    first, found = spread(groups, ROWS * config.normalise), {}
+    for number, group in enumerate(chain(first, groups)):
+        if number >= len(first) and len(found) >= config.normalise:
+            break
+        if len(group.prompt):
+            found[group.prompt.tobytes()] = group.prompt
+    if not found:
+        rows = [{"prompt": [], "ids": ids.tolist()} for group in first for ids in group.completions]
         return spread(rows, config.normalise)
-    prompts = spread(prompts, config.normalise)
+    prompts = spread(list(found.values()), config.normalise)
     made = generate(
         policy,
         tokenizer,

@@ -148,6 +148,7 @@ def check_margins(config: RewardConfig, groups) -> None:
 
 def begin(config: RewardConfig, prepared, watched: Watched, read, say, run, train, held):
     """The samples that rewards are normalised on, drawn once and kept in the run; the head brought to their scale."""
+    from palate.data.records import Records
     from palate.data.table import joined
     from palate.evaluation.truth import true_margins
     from palate.files import read_json, write_json
@@ -155,7 +156,9 @@ def begin(config: RewardConfig, prepared, watched: Watched, read, say, run, trai
 
     if watched.truth is not None:
         wanted = {str(group.source) for group in held}
-        records = read(config.data if config.eval == "auto" else config.eval, hold=False)
+        data, role = (config.data, "train") if config.eval == "auto" else (config.eval, "eval")
+        sources = [source for source in prepared.rows.reading.sources if source["role"] == role]
+        records = read(data, known=Records(sources=sources))  # raises where it is not what was read before
         texts = {where: record for record in records if (where := str(record.source)) in wanted}
         watched.margins = true_margins(watched.truth, texts, held)
     path = run.path / SAMPLES

@@ -117,6 +117,30 @@ def test_a_true_reward_says_what_is_lost(palate, tmp_path):
         assert palate.code == 2 and said in palate.said and not Path("other").exists()
 
 
+def test_the_truth_is_of_the_rows_that_were_read(palate, tmp_path, monkeypatch):
+    """Rows of an array on one line are told apart; a file that changed after it was read stops the run."""
+    from palate.data.sources import read_pairs
+    from palate.recipes import reward
+
+    rows = [{"prompt": r.prompt[0].content, "chosen": r.chosen[0].content, "rejected": r.rejected[0].content}
+            for r in read_pairs("builtin:reviews/heldout[:12]")]  # fmt: skip
+    (tmp_path / "array.json").write_text(json.dumps(rows))
+    lines = write_rows(tmp_path / "lines.jsonl", rows)
+    options = dict(model="builtin:tiny", data="builtin:reviews[:24]", truth="rule") | SMALL | {"steps": 2}
+    found = [palate.ok("reward", eval=data, out=f"run{n}", **options) for n, data in enumerate(("array.json", lines))]
+    assert found[0]["after"]["eval/truth/lost"] == found[1]["after"]["eval/truth/lost"]
+    prepare = reward.prepare
+
+    def meanwhile(*args, **given):
+        made = prepare(*args, **given)
+        write_rows(tmp_path / "lines.jsonl", rows[::-1])
+        return made
+
+    monkeypatch.setattr(reward, "prepare", meanwhile)
+    palate("reward", eval=lines, out="changed", **options)
+    assert palate.code == 3 and "E117" in palate.said
+
+
 @pytest.mark.slow
 def test_in_a_world_that_can_be_listed_it_is_within_a_point_of_bayes(palate, tmp_path):
     """Oracle 22: 6,000 pairs labelled by a drawn reward; accuracy and loss over all pairs there are, none left out."""
