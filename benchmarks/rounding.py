@@ -108,10 +108,12 @@ def main(argv: list[str] | None = None) -> int:
     given = parser.parse_args(argv)
     if told_again(given, MARK, text):
         return 0
+    if given.pairs < 2 * BATCH or given.pairs % BATCH:
+        parser.error(f"--pairs {given.pairs}: give a multiple of {BATCH}, {2 * BATCH} or more")
     folder = model_folder(parser, given)
     found: dict = {"command": shown("rounding.py", argv), "machine": machine(), "rows": []}
     for profile in given.profile or (["tldr"] if given.quick else PROFILES):
-        found["rows"].append(measure(Cell(str(folder), profile, "float32", "", "", max(2, given.pairs // BATCH))))
+        found["rows"].append(measure(Cell(str(folder), profile, "float32", "", "", given.pairs // BATCH)))
         deliver(given, MARK, found, text)
     print(text(found))
     return 0

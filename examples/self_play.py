@@ -125,8 +125,8 @@ def real(args, keep) -> None:
 def logp_per_token(model: Path, data: str, work: Path) -> float:
     """Mean log-prob of a token of these demonstrations, nats."""
     out = work / f"scores {model.name}.jsonl"
-    if not out.exists():
-        palate("score", "--model", model, "--data", data, "--max-length", 256, "--out", out)
+    out.unlink(missing_ok=True)
+    palate("score", "--model", model, "--data", data, "--max-length", 256, "--out", out)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     return sum(sum(line["logps"]) for line in lines) / sum(sum(line["tokens"]) for line in lines)
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from palate.model.softmax import row_logps, row_slopes
 
@@ -101,8 +102,8 @@ class _TargetLogps(torch.autograd.Function):
             if ctx.frozen or (keep and last):
                 leaf, logits = _logits(ctx, part)
             else:
-                raw = head(part)
-                logits = raw if transform is None else transform(raw)
+                logits = head(part)
+                logits = logits if transform is None else transform(logits)
             found, norm = row_logps(logits, wanted)
             logps.append(found)
             norms.append(norm)
@@ -115,6 +116,7 @@ class _TargetLogps(torch.autograd.Function):
         return torch.cat(logps)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         if ctx.frozen:
             found = torch.cat(ctx.saved_tensors)

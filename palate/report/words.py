@@ -1,5 +1,6 @@
 """Numbers and text as a person reads them on the page."""
 
+import math
 import re
 from collections.abc import Sequence
 from datetime import datetime
@@ -46,7 +47,7 @@ def spread(rates: Sequence[float]) -> str:
 
 def duration(seconds: float | None) -> str:
     """1 h 02 min, 1 min 30 s, 12 s, 0.4 s."""
-    if seconds is None or seconds < 0:
+    if seconds is None or not 0 <= seconds < math.inf:
         return "n/a"
     if seconds < 10:
         return f"{seconds:.1f} s"

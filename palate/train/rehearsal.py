@@ -31,9 +31,10 @@ class Needs:
     """Bytes that training takes, by part, on one process.
 
     weights; gradients; optimizer: its states. activations: what forward keeps for backward, each storage once, the last
-    chunk of logits among them. casts: how much lower the peak would be without whole weights in the precision of the
-    matmuls, as where layers are gathered one by one. working: what comes on top of activations where the step stands
-    highest: more logits, gradients on their way. saving: what writing the model takes on top of weights and optimizer.
+    chunk of logits among them unless the head is frozen. casts: how much lower the peak would be without whole weights
+    in the precision of the matmuls, as where layers are gathered one by one. working: what comes on top of activations
+    where the step stands highest: more logits, gradients on their way. saving: what writing the model takes on top of
+    weights and optimizer.
     flops: of the matmuls and attention of the micro-batch, forward and backward.
     """
 
