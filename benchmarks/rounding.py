@@ -11,46 +11,28 @@ profiles' lengths, of which a model thinks little: their log-probs are large, an
 import argparse
 import copy
 import sys
+from dataclasses import replace
 
 import numpy as np
-from sides import Ours, groups_of
+from sides import Ours, Reference, groups_of
 from tables import deliver, machine, options, shown, table, told_again
 from workload import BATCH, BETA, PROFILES, Cell, build, model_folder, model_options, rows_of
 
 MARK = "rounding"
 
 
-def of_ours(model, groups: list, precision: str) -> np.ndarray:
+def of_ours(model, rows: list, precision: str) -> np.ndarray:
     """(G, 2) log-probs as palate scores them, nats."""
-    import torch
+    from palate.reference import annotate
+    from palate.scoring import Numerics
 
-    from palate.data.batch import collate, stream_length
-    from palate.data.stream import pack
-    from palate.scoring import Numerics, logps
-
-    numerics, found = Numerics.of(model, precision, 2048), []
-    with torch.no_grad():
-        for part in pack([stream_length(group) for group in groups], 2048):
-            found += logps(model, collate([groups[i] for i in part]), numerics=numerics).total.tolist()
-    return np.reshape(found, (-1, 2))
+    groups = annotate(groups_of(rows), model, numerics=Numerics.of(model, precision))
+    return np.array([group.reference for group in groups])
 
 
-def of_rows(model, groups: list) -> np.ndarray:
+def of_rows(model, rows: list, cell: Cell) -> np.ndarray:
     """(G, 2) log-probs of two padded rows a pair, under autocast, through the model's own logits."""
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
-
-    found = []
-    for group in groups:
-        start = len(group.prompt)
-        rows = [torch.tensor(np.concatenate([group.prompt, ids])).long() for ids in group.completions]
-        ids, mask = pad_sequence(rows, batch_first=True), pad_sequence([torch.ones_like(r) for r in rows], True)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        for row, own in zip(rows, logits, strict=True):
-            values = own[start - 1 : len(row) - 1].float().log_softmax(-1)
-            found.append(float(values.gather(-1, row[start:, None]).double().sum()))
-    return np.reshape(found, (-1, 2))
+    return np.array([pair.tolist() for pair in Reference(cell, rows, model).stored])
 
 
 def measure(cell: Cell) -> dict:
@@ -61,15 +43,15 @@ def measure(cell: Cell) -> dict:
     ours = Ours(cell, rows, model)
     for _ in range(2):
         ours.step()
-    groups = groups_of(rows[BATCH:])
+    rows, plain = rows[BATCH:], replace(cell, dtype="bfloat16", setting="best")
 
-    def margins(score, *args) -> np.ndarray:
-        ratios = score(model, groups, *args) - score(before, groups, *args)
+    def margins(score, how) -> np.ndarray:
+        ratios = score(model, rows, how) - score(before, rows, how)
         return ratios[:, 0] - ratios[:, 1]
 
     truth = margins(of_ours, "float32")
-    found = {"model": cell.label, "profile": cell.profile, "pairs": len(groups), "margin": _root(truth)}
-    for side, error in (("ours", margins(of_ours, "bfloat16") - truth), ("rows", margins(of_rows) - truth)):
+    found = {"model": cell.label, "profile": cell.profile, "pairs": len(rows), "margin": _root(truth)}
+    for side, error in (("ours", margins(of_ours, "bfloat16") - truth), ("rows", margins(of_rows, plain) - truth)):
         # at a margin of 0 the loss moves by half of beta times the margin
         batches = BETA / 2 * error.reshape(-1, BATCH).mean(1)
         found |= {f"{side}_error": _root(error), f"{side}_mean": float(error.mean()), f"{side}_loss": _root(batches)}
