@@ -34,15 +34,11 @@ def read_kept(read: Callable, data: str, say: Say):
     facts = _found(place / "reading", say)
     if facts is not None:
         return replace(_known(read, data, facts["reading"]), folder=place)
-    streamed = read.func.__name__ in STREAMED
-    records = read(data, hold=False) if streamed else read(data)
+    records = read(data, hold=False)
     if records.sources[0]["sha256"] != digest:  # it changed in between: what was read is good, and not what was named
         return records
     _sealed(place / "reading", {"reading": _story(records)}, say)
     return replace(records, folder=place)
-
-
-STREAMED = ("read_pairs", "read_feedback", "read_demonstrations", "read_texts")
 
 
 @dataclass(frozen=True)
@@ -229,6 +225,7 @@ def _known(read: Callable, data: str, story: dict[str, Any]):
         for code, what, count, cases in story["warnings"]
     ]
     rejected = [(Source(*place), *rest) for place, *rest in story["rejected"]]
-    again = Reread(story["count"], lambda: read(data).records)
-    known = Records(again, story["sources"], story["dropped"], rejected, story["notes"], warnings)
-    return read(data, known=known) if read.func.__name__ in STREAMED else known
+    known = Records(
+        Reread(story["count"], list), story["sources"], story["dropped"], rejected, story["notes"], warnings
+    )
+    return read(data, known=known)
