@@ -95,7 +95,8 @@ def asked(this: Round, loaded, form: Text | None = None) -> Scorer:
 
     form: whether it is asked in a conversation, and after which turns; else by the chat template, where there is one.
     """
-    from palate.sampling.rubric import ModelJudge
+    from palate.sampling.judge import places
+    from palate.sampling.rubric import Judged, ModelJudge
 
     config = this.config
     judge = ModelJudge(
@@ -110,7 +111,11 @@ def asked(this: Round, loaded, form: Text | None = None) -> Scorer:
     )
 
     def score(prompts: Sequence, completions: Sequence, first: int) -> Iterable[dict[str, Any]]:
-        for found in judge.judge(prompts, [one.text for one in completions], first):
+        there = places(completions)  # what can be no side of a pair is not asked about
+        mine = [prompts[place] for place in there], [completions[place].text for place in there]
+        known = dict(zip(there, judge.judge(*mine, [first + place for place in there]), strict=True))
+        for place in range(len(completions)):
+            found = known.get(place, Judged(()))
             points = [one.score for one in found.judgements]
             yield {"score": found.score, "points": points, "said": [one.text for one in found.judgements]}
 
@@ -135,10 +140,11 @@ def measured(this: Round, cases: Sequence[Case], _: Any) -> dict[str, Any]:
     from palate.sampling.rubric import MOST
 
     rows = Chunks.there(this.folder / "judged").rows()
-    points = [one for row in rows for one in row.get("points", [row["score"]])]
+    told_of = [row for row, one in zip(rows, _candidates(cases), strict=True) if one.unfit is None]
+    points = [one for row in told_of for one in row.get("points", [row["score"]])]
     row: dict[str, Any] = {
         "judge": this.config.judge,
-        "unparsed_share": points.count(None) / len(points),
+        "unparsed_share": points.count(None) / len(points) if points else None,
         "histogram": histogram(points, MOST) if rows and "points" in rows[0] else None,
     }
     ended = [(number, one) for number, case in enumerate(cases) for one in case.candidates if one.finished]

@@ -117,7 +117,7 @@ def _written(this: Round, seed: Sequence[Prompt], own: Sequence[Prompt], attempt
             max_tokens=requests.TOKENS,
             temperature=requests.TEMPERATURE,
             seed=this.seed + WRITING,
-            first=start,
+            numbers=range(start, stop),
             end_ids=ends,
         )
         for one, found in zip(made, lists, strict=True):

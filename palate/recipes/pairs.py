@@ -206,10 +206,10 @@ def written(config: PairsConfig, records, found) -> dict[str, Any]:
     pairs = made(config, cases)
     left_out = {"refused": len(records) - len(pairs.pairs) - sum(pairs.counts.values()), **pairs.counts}
     write_lines(config.out, [row(pair) for pair in pairs.pairs])
-    facts = {"pair_yield": len(pairs.pairs) / len(records)}
+    facts: dict[str, float | None] = {"pair_yield": len(pairs.pairs) / len(records)}
     if config.judge is not None:
-        scores = [one.score for case in cases[0] for one in case.candidates]
-        facts["unparsed_share"] = scores.count(None) / len(scores)
+        scores = [one.score for case in cases[0] for one in case.candidates if one.unfit is None]
+        facts["unparsed_share"] = scores.count(None) / len(scores) if scores else None
         facts["tie_share"] = pairs.counts["ties"] / len(records)
     reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
     return {

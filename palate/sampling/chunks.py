@@ -122,7 +122,9 @@ def sample(model, tokenizer, prompts: Sequence[np.ndarray], how: Draw) -> Callab
 
     def work(start: int, stop: int) -> Iterable[Row]:
         mine = prompts[start:stop]
-        for one in generate(model, tokenizer, mine, first=start, end_ids=end_tokens(tokenizer), **asdict(how)):
+        for one in generate(
+            model, tokenizer, mine, numbers=range(start, stop), end_ids=end_tokens(tokenizer), **asdict(how)
+        ):
             yield {
                 "prompt": start + one.prompt,
                 "sample": one.sample,

@@ -56,7 +56,7 @@ def generate(
     temperature: float = 1.0,
     samples: int = 1,
     seed: int = 0,
-    first: int = 0,
+    numbers: Sequence[int] | None = None,
     end_ids: Collection[int] | None = None,
     batch_tokens: int | None = None,
 ) -> list[Sample]:
@@ -66,7 +66,7 @@ def generate(
     max_tokens: tokens of a completion, >= 1; the model's context bounds it too.
     temperature: 0 takes the likeliest token (as transformers' greedy search, token for token), 1 is the model itself.
     seed: another seed, another draw; a larger max_tokens prolongs the same completions.
-    first: number of the first prompt, where these are a part of a longer list: each draws what it would draw there.
+    numbers: those of the prompts in a longer list that they are a part of: each draws what it would draw there.
     end_ids: tokens that end a completion; the tokenizer's end token unless given.
     batch_tokens: places for prompt and completion tokens computed at once; it bounds memory and changes results by
         rounding only.
@@ -80,16 +80,17 @@ def generate(
     if end_ids is None:
         end_ids = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     limit = context(model)
-    for number, prompt in enumerate(prompts, first + 1):
+    numbers = range(len(prompts)) if numbers is None else numbers
+    for number, prompt in zip(numbers, prompts, strict=True):
         if len(prompt) == 0:
-            raise DataError("the prompt has no tokens, so nothing predicts a first one", where=f"prompt {number}")
+            raise DataError("the prompt has no tokens, so nothing predicts a first one", where=f"prompt {number + 1}")
         if limit is not None and len(prompt) >= limit:
             raise DataError(
                 f"the prompt has {len(prompt)} tokens, the model takes {limit} with the completion",
-                where=f"prompt {number}",
+                where=f"prompt {number + 1}",
                 next="shorten it",
             )
-    call = _Call(model, max_tokens, temperature, seed, first, frozenset(int(id) for id in end_ids), limit)
+    call = _Call(model, max_tokens, temperature, seed, numbers, frozenset(int(id) for id in end_ids), limit)
     if batch_tokens is None:
         batch_tokens = 8192 if model.device.type == "cpu" else 65536
     made: list[Sample] = []
@@ -115,7 +116,7 @@ class _Call:
     max_tokens: int
     temperature: float
     seed: int
-    first: int
+    numbers: Sequence[int]
     ends: frozenset[int]
     limit: int | None
 
@@ -296,7 +297,7 @@ def _complete(call: _Call, engine, prompts, rows: list[tuple[int, int]]) -> list
     distinct = list(dict.fromkeys(at for at, _ in rows))
     place = {at: i for i, at in enumerate(distinct)}
     batch = engine(call.model, [prompts[at] for at in distinct], [place[at] for at, _ in rows], call.max_tokens)
-    draws = np.stack([_stream(call.seed, call.first + at, sample, call.max_tokens) for at, sample in rows])
+    draws = np.stack([_stream(call.seed, call.numbers[at], sample, call.max_tokens) for at, sample in rows])
     room = [min(call.max_tokens, (call.limit or 1 << 60) - len(prompts[at])) for at, _ in rows]
     tokens: list[list[int]] = [[] for _ in rows]
     logps: list[list[float]] = [[] for _ in rows]
@@ -305,7 +306,7 @@ def _complete(call: _Call, engine, prompts, rows: list[tuple[int, int]]) -> list
     for step in range(max(room)):
         chosen, chosen_logps = _pick(logits, call.temperature, torch.from_numpy(draws[live, step]))
         if not bool(torch.isfinite(chosen_logps).all()):
-            bad = call.first + rows[live[int((~torch.isfinite(chosen_logps)).nonzero()[0])]][0]
+            bad = call.numbers[rows[live[int((~torch.isfinite(chosen_logps)).nonzero()[0])]][0]]
             raise NotFiniteError("the model's logits are not finite", where=f"prompt {bad + 1}, token {step + 1}")
         for row, token, logp in zip(live, chosen.tolist(), chosen_logps.tolist(), strict=True):
             tokens[row].append(token)

@@ -12,10 +12,11 @@ import math
 import numbers
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from itertools import combinations
+from itertools import combinations, groupby
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,6 +25,7 @@ import numpy as np
 from palate.data.records import Demonstration, Message, Text, plain
 from palate.data.tokens import TokenGroup, encode_prompt, end_tokens, tokenize
 from palate.errors import DataError, ModelError, NotThereError, PalateError, UsageError
+from palate.sampling.pairing import unfit
 
 NAMES = (
     "rule", "random", "implicit:RUN", "a reward model's folder", "policy:MODEL", "people:VOTES.jsonl", "module:function"
@@ -49,6 +51,7 @@ class Judge:
 
     score: (prompts, completions) -> one finite number each, larger is better; None where a judge that writes its score
         wrote none that can be read.
+    costly: whether each of its scores has to be written, so that it is not asked in vain.
     choose: (prompts, firsts, seconds) -> one vote each: 1 for the first, 0 for the second, 0.5 for neither. Votes may
         depend on the order: `prefer` asks for both.
     """
@@ -56,6 +59,7 @@ class Judge:
     name: str
     score: Score | None = None
     choose: Choose | None = None
+    costly: bool = False
 
     @property
     def scores_alone(self) -> bool:
@@ -94,20 +98,29 @@ class Judge:
         return found
 
     def standings(self, prompts: Sequence[Text], completions: Completions, each: int) -> list[float | None]:
-        """As `ratings`; of a judge that only compares the share of a prompt's other completions that each one beats.
+        """As `ratings`, for samples to make pairs of; of a judge that only compares the share of a prompt's other
+        completions that each one beats, a tie being half a win.
 
-        each: consecutive completions of one prompt, of which such a judge needs at least two; a tie is half a win.
+        each: consecutive completions of one prompt, of which such a judge needs at least two. Who compares, or is
+        costly, is not asked about what can be no side of a pair (`pairing.unfit`), which has None.
         """
-        if self.choose is None or each < 2:
-            return self.ratings(prompts, completions)
-        starts = range(0, len(completions), each)
-        meetings = [(start + i, start + j) for start in starts for i, j in combinations(range(each), 2)]
+        compares = self.choose is not None and each > 1
+        asked = places(completions) if compares or self.costly else list(range(len(completions)))
+        there = [prompts[place] for place in asked], [completions[place] for place in asked]
+        values = self._shares(*there, [place // each for place in asked]) if compares else self.ratings(*there)
+        known = dict(zip(asked, values, strict=True))
+        return [known.get(place) for place in range(len(completions))]
+
+    def _shares(self, prompts: Sequence[Text], completions: Completions, owners: Sequence[int]) -> list[float]:
+        """The share of the others of the same owner that each completion beats; 0 where it has none."""
+        rivals = [list(mine) for _, mine in groupby(range(len(completions)), lambda place: owners[place])]
+        meetings = [meeting for mine in rivals for meeting in combinations(mine, 2)]
         ones, twos = ([completions[meeting[side]] for meeting in meetings] for side in (0, 1))
-        shares = [0.0] * len(completions)
+        shares, others = [0.0] * len(completions), Counter(owners)
         for (i, j), outcome in zip(meetings, self.prefer([prompts[i] for i, _ in meetings], ones, twos), strict=True):
-            shares[i] += outcome / (each - 1)
-            shares[j] += (1 - outcome) / (each - 1)
-        return list(shares)
+            shares[i] += outcome / (others[owners[i]] - 1)
+            shares[j] += (1 - outcome) / (others[owners[j]] - 1)
+        return shares
 
     def prefer(self, prompts: Sequence[Text], firsts: Completions, seconds: Completions) -> list[float]:
         """One outcome each: 1 where the first is better, 0 where the second is, 0.5 for a tie.
@@ -132,6 +145,11 @@ class Judge:
         for case, one, two in zip(asked, votes[: len(asked)], votes[len(asked) :], strict=True):
             known[case] = 1.0 if one > 0.5 > two else 0.0 if one < 0.5 < two else 0.5
         return [known.get(case, 0.5) for case in zip(prompts, firsts, seconds, strict=True)]
+
+
+def places(completions: Completions) -> list[int]:
+    """Which of the completions may be a side of a pair."""
+    return [place for place, one in enumerate(completions) if unfit(one.text, one.finished) is None]
 
 
 def outcomes_of(firsts: Sequence[float | None], seconds: Sequence[float | None]) -> list[float]:
@@ -293,7 +311,7 @@ def asked_model(name: str, *, device: str = "cpu", seed: int = 0) -> Judge:
     def score(prompts, completions):
         return [judged.score for judged in asked.judge(prompts, [completion.text for completion in completions])]
 
-    return Judge(f"policy:{name}", score=score)
+    return Judge(f"policy:{name}", score=score, costly=True)
 
 
 def token_groups(prompts: Sequence[Text], completions: Completions, loaded) -> list[TokenGroup]:

@@ -28,6 +28,11 @@ class Candidate:
     tokens: int
     score: float | None = None
 
+    @property
+    def unfit(self) -> str | None:
+        """Why it is no side of any pair, whatever its score; None where it may be one."""
+        return unfit(self.text, self.finished)
+
 
 @dataclass(frozen=True)
 class Pairing:
@@ -35,6 +40,14 @@ class Pairing:
 
     pairs: tuple[PreferencePair, ...]
     counts: dict[str, int]
+
+
+def unfit(text: str, finished: bool) -> str | None:
+    """Why a completion is no side of any pair, whatever its score; None where it may be one."""
+    if not finished:
+        return "unfinished"
+    says = text.strip() and "\0" not in text  # a reader of preference files refuses the rest
+    return None if says else "empty"
 
 
 def against_demonstration(demonstration: Demonstration, candidate: Candidate) -> PreferencePair | str:
@@ -45,7 +58,7 @@ def against_demonstration(demonstration: Demonstration, candidate: Candidate) ->
     """
     shown, prompt = demonstration.completion, demonstration.prompt
     chosen = shown if isinstance(shown, str) else shown[:1]
-    return _unfit(candidate) or _pair(prompt, chosen, reply(prompt, candidate.text), demonstration.source)
+    return candidate.unfit or _pair(prompt, chosen, reply(prompt, candidate.text), demonstration.source)
 
 
 def best_and_worst(
@@ -61,7 +74,7 @@ def best_and_worst(
     if band is not None and not 0 <= band < 0.5:
         raise UsageError(f"a band is a share from 0 to below one half, not {band}", code="E307")
     finished = [one for one in candidates if one.finished]
-    said = [one for one in finished if _unfit(one) is None]
+    said = [one for one in finished if one.unfit is None]
     scored = [(one.score, one) for one in said if one.score is not None]
     for left, reason in ((finished, "unfinished"), (said, "empty"), (scored, "unparsed")):
         if len(left) < 2:
@@ -86,7 +99,7 @@ def strong_and_weak(
 ) -> PreferencePair | str:
     """A sample of the stronger model against one of the weaker, or why there is no pair. Scores are not read."""
     sides = reply(prompt, strong.text), reply(prompt, weak.text)
-    return _unfit(strong) or _unfit(weak) or _pair(prompt, *sides, source)
+    return strong.unfit or weak.unfit or _pair(prompt, *sides, source)
 
 
 def pairing(results: Iterable[PreferencePair | str]) -> Pairing:
@@ -109,14 +122,6 @@ def row(pair: PreferencePair) -> dict[str, Any]:
 def reply(prompt: Text, text: str) -> Text:
     """A sampled text as the completion of its prompt: a string, or in a conversation the assistant's turn."""
     return text if isinstance(prompt, str) else (Message("assistant", text),)
-
-
-def _unfit(candidate: Candidate) -> str | None:
-    """Why a completion is no side of any pair; None where it may be one."""
-    if not candidate.finished:
-        return "unfinished"
-    says = candidate.text.strip() and "\0" not in candidate.text  # a reader of preference files refuses the rest
-    return None if says else "empty"
 
 
 def _pair(prompt, chosen: Text, rejected: Text, source, margin: float | None = None) -> PreferencePair | str:

@@ -158,8 +158,10 @@ class ModelJudge:
         chat = bool(self.loaded.tokenizer.chat_template) if self.chat is None else self.chat
         return (*self.before, Message("user", text)) if chat else text
 
-    def judge(self, prompts: Sequence[Text], completions: Sequence[str], first: int = 0) -> list[Judged]:
-        """What is said of each completion. first: number of the first, where these are a part of a longer list.
+    def judge(
+        self, prompts: Sequence[Text], completions: Sequence[str], numbers: Sequence[int] | None = None
+    ) -> list[Judged]:
+        """What is said of each completion. numbers: as for `generate`, where these are a part of a longer list.
 
         Where a judge's prompt fills the context its beginning is cut and no room is left for a score.
         """
@@ -178,7 +180,7 @@ class ModelJudge:
             temperature=self.temperature,
             samples=self.judgements,
             seed=self.seed,
-            first=first,
+            numbers=numbers,
             end_ids=end_tokens(tokenizer),
         )
         said = []

@@ -17,6 +17,7 @@ from palate.model.load import load
 from palate.recipes.online import OnlineConfig, run
 from palate.reference import annotate
 from palate.sampling.judge import Completion, open_judge
+from palate.sampling.pairing import unfit
 
 SMALL = dict(batch=6, steps=3, max_tokens=12, samples=1, device="cpu", lr=3e-4, chunk=4, judge="liking:like")
 SMALL |= {"eval_judge": "liking:like", "eval_every": 1}
@@ -125,8 +126,14 @@ def test_shown_worse_it_stops(palate, options):
 def test_a_judge_that_only_compares_and_adapters(palate, options):
     more = {"judge": "liking:longer", "candidates": 3, "lora_rank": 2, "steps": 2, "temperature": 0.8}
     result = palate.ok("online-dpo", out="run", **options | more)
-    scores = [row["score"] for row in lines(Path("run/rounds/01/judged/000.jsonl"))]
-    assert {0.0, 0.25, 0.5, 0.75, 1.0} >= set(scores) and sum(scores[:3]) == pytest.approx(1.5)
+    samples, judged = (lines(Path(f"run/rounds/01/{stage}/000.jsonl")) for stage in ("samples", "judged"))
+    scores = [row["score"] for row in judged]
+    fit = [unfit(row["completion"], row["finished"]) is None for row in samples]
+    assert {0.0, 0.25, 0.5, 0.75, 1.0} >= {one for one, mine in zip(scores, fit, strict=True) if mine}
+    assert not any(one is not None for one, mine in zip(scores, fit, strict=True) if not mine)
+    thirds = [slice(at, at + 3) for at in range(0, len(fit), 3)]
+    beaten = [sum(one or 0 for one in scores[mine]) for mine in thirds]
+    assert beaten == [sum(fit[mine]) / 2 if sum(fit[mine]) > 1 else 0 for mine in thirds] and any(beaten)
     assert result["pairs"] > 0 and Path("run/adapter").is_dir()
 
 

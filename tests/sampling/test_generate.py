@@ -141,7 +141,9 @@ def test_a_part_of_the_prompts_draws_what_the_whole_would(kind, temperature):
     model, rows = make(kind, scale=1.0), prompts(7)
     how = {"max_tokens": 6, "temperature": temperature, "samples": 2, "seed": 4, "end_ids": {2, 5, 6}}
     whole = generate(model, Ends(), rows, **how)
-    parts = [generate(model, Ends(), rows[at : at + 3], first=at, **how) for at in (0, 3, 6)]
+    parts = [
+        generate(model, Ends(), rows[at : at + 3], numbers=range(len(rows))[at : at + 3], **how) for at in (0, 3, 6)
+    ]
     drawn = [(s.ids.tolist(), s.finished) for part in parts for s in part]
     assert drawn == [(s.ids.tolist(), s.finished) for s in whole]
     assert [s.prompt for s in parts[1]] == [0, 0, 1, 1, 2, 2]

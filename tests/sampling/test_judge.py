@@ -1,5 +1,7 @@
 """Judges: what each says of completions whose worth is known, and one clear error where one says nothing usable."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -87,6 +89,25 @@ def test_samples_of_a_prompt_stand_by_score_or_by_the_others_that_they_beat():
     assert silent.standings(["p"] * 3, made[:3], 3) == [2.0, None, 2.0]  # unread is not the worst
     with pytest.raises(UsageError, match="gives none a score"):
         longer.standings(["p"], made[:1], 1)
+
+
+def test_whom_it_costs_is_not_asked_about_samples_that_make_no_pair():
+    """Cut, empty, or of a character that no reader takes: whatever a judge says of them, nobody reads it."""
+    asked = []
+
+    def longer(prompts, firsts, seconds):
+        asked.extend((a.text, b.text) for a, b in zip(firsts, seconds, strict=True))
+        return [float(len(a.text) > len(b.text)) for a, b in zip(firsts, seconds, strict=True)]
+
+    made = [*texts("a", "bb"), Completion("ccc", finished=False), *texts(" ", "d", "e\0", "ff", "ggg")]
+    judge = Judge("longer", choose=longer)
+    assert judge.standings(["p"] * 4 + ["q"] * 4, made, 4) == [0, 1, None, None, 0, None, 0.5, 1]
+    assert {*asked} == {(a, b) for part in (("a", "bb"), ("d", "ff", "ggg")) for a in part for b in part if a != b}
+    assert judge.standings(["p"] * 2, made[2:4], 2) == [None, None]
+    assert judge.standings(["p"] * 2, made[3:5], 2) == [None, 0]
+    length = Judge("length", score=lambda p, c: [float(len(one.text)) for one in c])
+    assert length.standings(["p"] * 4, made[:4], 4) == [1, 2, 3, 1]  # what costs nothing is told of all
+    assert replace(length, costly=True).standings(["p"] * 4, made[:4], 4) == [1, 2, None, None]
 
 
 @pytest.mark.parametrize("vote", [0.0, 1.0, 0.5])

@@ -183,8 +183,8 @@ def test_what_a_model_says_depends_on_seed_place_and_number_alone(base):
     assert [len(one.judgements) for one in whole] == [2] * 6
     assert judge.judge(PROMPTS, REVIEWS) == whole
     again = ModelJudge(base, load_rubric("reviews"), judgements=3, max_tokens=48, seed=3)
-    parts = [*again.judge(PROMPTS[:2], REVIEWS[:2]), *again.judge(PROMPTS[2:], REVIEWS[2:], first=2)]
-    assert [one.judgements[:2] for one in parts] == [one.judgements for one in whole]
+    parts = [*again.judge(PROMPTS[:2], REVIEWS[:2]), *again.judge(PROMPTS[3:], REVIEWS[3:], range(3, 6))]
+    assert [one.judgements[:2] for one in parts] == [one.judgements for one in (*whole[:2], *whole[3:])]
     other = ModelJudge(base, load_rubric("reviews"), judgements=2, max_tokens=48, seed=4)
     assert other.judge(PROMPTS, REVIEWS) != whole
     assert any(one.judgements[0].text != one.judgements[1].text for one in whole)
