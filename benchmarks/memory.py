@@ -2,9 +2,10 @@
 
     python benchmarks/memory.py --model FOLDER --json out.json
 
-step / ideal   The peak (VmHWM) of a process that does nothing but steps, above the same process with everything
-               imported; over ideal = weights + gradients + two AdamW states + what autograd keeps of the largest
-               micro-batch's stream for backward, each storage once, logits and casts of weights apart.
+step / ideal   The peak (VmHWM) of a process that does nothing but steps, above the same process once a step of a
+               model of next to no weights has loaded every library; over ideal = weights + gradients + two AdamW
+               states + what autograd keeps of the largest micro-batch's stream for backward, each storage once,
+               logits and casts of weights apart.
 peak, s/step   `palate dpo --dry-run` foretells them; then the same command runs. Its peak is that of the whole run,
                saving included; its seconds are those of the steps after the first, at the mean tokens of a step.
 
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import warnings
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from sides import Ours, groups_of
@@ -49,13 +51,13 @@ MARK = "memory"
 def stepped(cell: Cell) -> dict[str, float]:
     """Peak of steps in this process, and the bytes that they could not do without."""
     import torch
-    from transformers.models.llama import modeling_llama  # noqa: F401, counted as an import
 
     from palate.data.batch import collate, stream_length
     from palate.data.stream import pack
     from palate.scoring import Numerics
 
     warnings.filterwarnings("ignore")
+    load_libraries(cell)
     imports = peak_bytes()
     model = build(cell, ours=True)
     built = peak_bytes()
@@ -84,6 +86,18 @@ def stepped(cell: Cell) -> dict[str, float]:
         "tokens": sum(map(stream_length, largest)),
         "threads": torch.get_num_threads(),
     }
+
+
+def load_libraries(cell: Cell) -> None:
+    """A step of a model of next to no weights on pairs of next to no tokens: nothing is imported after it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    first = replace(cell, profile="tldr", steps=1, scale=0.02)
+    Ours(first, rows_of(first, config.vocab_size), LlamaForCausalLM(config)).step()
 
 
 def kept_by_autograd(model, batch, numerics) -> tuple[int, int]:

@@ -148,12 +148,13 @@ def test_dropout_in_the_config_changes_nothing():
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("chunks", [1, 3])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_chunks_give_the_gradients_of_all_logits_at_once(frozen, chunks, precision, monkeypatch):
+@pytest.mark.parametrize("family", ["gemma2", "llama"])  # with a soft cap, and a matrix alone
+def test_chunks_give_the_gradients_of_all_logits_at_once(family, frozen, chunks, precision, monkeypatch):
     """Plain autograd through all logits at once is the truth. A second backward finds no logits kept; a frozen head
     needs none."""
     from palate.model import logprob
 
-    model, batch = build("gemma2"), collate(groups_of(12, (9, 20, 18), (4, 11)))
+    model, batch = build(family), collate(groups_of(12, (9, 20, 18), (4, 11)))
     monkeypatch.setattr(logprob, "LOGITS_PER_CHUNK", -(-len(batch.targets) // 16 // chunks) * 16 * 300)
     numerics = Numerics(precision)
     support(model)
@@ -180,7 +181,7 @@ def test_chunks_give_the_gradients_of_all_logits_at_once(frozen, chunks, precisi
 
             def forward(states):
                 logits = original(states.reshape(-1, states.shape[-1]).index_select(0, predictors))
-                wide = transform(logits).float().log_softmax(-1)
+                wide = (transform or torch.nn.Identity())(logits).float().log_softmax(-1)
                 found.append(wide.gather(-1, targets[:, None])[:, 0])
                 return states[..., :1]
 

@@ -18,6 +18,7 @@ from palate.model.softmax import row_logps, row_slopes
 
 LOGITS_PER_CHUNK = 2**25  # vocabulary times rows: 128 MiB in float32
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+UNLEARNT = (None,) * 6  # gradients of what is between the rows and the head's parameters
 ROWS = 16  # the head runs on multiples of this: matrix kernels treat left-over rows apart, and round them apart
 
 
@@ -58,6 +59,7 @@ def scored_rows(
     own = head.__dict__.get("forward")
     original = head.forward
     parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    bare = own is None and type(head) is nn.Linear and head.bias is None and type(head.weight) is nn.Parameter
     size = max(1, LOGITS_PER_CHUNK // model.config.get_text_config(decoder=True).vocab_size // ROWS) * ROWS
     count = len(targets)
     predictors, targets = (nn.functional.pad(x, (0, -count % ROWS)) for x in (predictors, targets))
@@ -68,7 +70,7 @@ def scored_rows(
         if hidden_rows is not None:
             hidden_rows.append(rows)
         keep = torch.is_grad_enabled() and (rows.requires_grad or bool(parameters))
-        found.append(_TargetLogps.apply(rows, targets, original, transform, size, keep, *parameters)[:count])
+        found.append(_TargetLogps.apply(rows, targets, original, transform, size, keep, bare, *parameters)[:count])
         return hidden[..., :1]
 
     head.forward = forward
@@ -85,16 +87,17 @@ class _TargetLogps(torch.autograd.Function):
     """log softmax(head(rows))[targets], (N,), float32 at least.
 
     keep: whether backward may come. It finds one number a row and the last chunk's logits, or of a frozen head
-    d log-prob / d row.
+    d log-prob / d row. bare: whether the head is a matrix alone, whose gradient then grows in place.
     """
 
     @staticmethod
-    def forward(ctx, rows, targets, head, transform, size, keep, *parameters):
+    def forward(ctx, rows, targets, head, transform, size, keep, bare, *parameters):
         device = rows.device.type
         ctx.autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         ctx.head, ctx.transform, ctx.device = head, transform, device
         ctx.sizes = [len(rows) % size] * (len(rows) % size > 0) + [size] * (len(rows) // size)  # the last one is full
         ctx.kept, ctx.frozen = None, keep and not parameters
+        ctx.bare = bare and transform is None and not ctx.autocast[0]
         logps, norms, gradients = [], [], []
         pieces = zip(rows.split(ctx.sizes), targets.split(ctx.sizes), strict=True)
         for number, (part, wanted) in enumerate(pieces, start=1):
@@ -108,7 +111,9 @@ class _TargetLogps(torch.autograd.Function):
             logps.append(found)
             norms.append(norm)
             if ctx.frozen:
-                gradients += _slopes(ctx, leaf, logits, norm, wanted, torch.ones_like(norm))
+                slope = row_slopes(logits, norm, wanted, torch.ones_like(norm), spare=transform is None)
+                gradients += torch.autograd.grad(logits, leaf, slope)
+                del slope
             elif keep and last:
                 ctx.kept = leaf, logits
             del logits  # before the next chunk's are made
@@ -120,7 +125,7 @@ class _TargetLogps(torch.autograd.Function):
     def backward(ctx, gradient):
         if ctx.frozen:
             found = torch.cat(ctx.saved_tensors)
-            return (found * gradient[:, None]).to(found.dtype), None, None, None, None, None
+            return (found * gradient[:, None]).to(found.dtype), *UNLEARNT
         rows, targets, norms, *parameters = ctx.saved_tensors
         row_gradients, sums = [], [None] * len(parameters)
         kept, ctx.kept = ctx.kept, None  # a second backward finds nothing kept
@@ -128,17 +133,16 @@ class _TargetLogps(torch.autograd.Function):
         for part, wanted, norm, weight in reversed(list(zip(*pieces, strict=True))):
             leaf, logits = _logits(ctx, part) if kept is None else kept
             kept = None
-            first, *rest = _slopes(ctx, leaf, logits, norm, wanted, weight, *parameters)
-            row_gradients.append(first)
-            sums = [_added(old, new) for old, new in zip(sums, rest, strict=True)]
-            del logits
-        return torch.cat(row_gradients[::-1]), None, None, None, None, None, *sums
-
-
-def _slopes(ctx, leaf: Tensor, logits: Tensor, norms: Tensor, targets: Tensor, weights: Tensor, *parameters) -> tuple:
-    """The gradients of sum(weights * log-probs) for a chunk's rows and the head's parameters; logits are used up."""
-    slope = row_slopes(logits, norms, targets, weights, spare=ctx.transform is None)
-    return torch.autograd.grad(logits, [leaf, *parameters], slope, allow_unused=True)
+            slope = row_slopes(logits, norm, wanted, weight, spare=ctx.transform is None)
+            if ctx.bare and row_gradients:  # a second product of the matrix's size would be made only to be added
+                sums[0].addmm_(slope.T, leaf.detach())
+                row_gradients.append(slope @ parameters[0])
+            else:
+                first, *rest = torch.autograd.grad(logits, [leaf, *parameters], slope, allow_unused=True)
+                sums = [_added(old, new) for old, new in zip(sums, rest, strict=True)]
+                row_gradients.append(first)
+            del logits, slope
+        return torch.cat(row_gradients[::-1]), *UNLEARNT, *sums
 
 
 def _logits(ctx, part: Tensor) -> tuple[Tensor, Tensor]:
