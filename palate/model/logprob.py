@@ -9,16 +9,17 @@ in any case, so what is kept raises no peak, and where one chunk is all the head
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from palate.model.softmax import row_logps, row_slopes
+from palate.model.tied import Tie, is_matrix, tied
 
 LOGITS_PER_CHUNK = 2**25  # vocabulary times rows: 128 MiB in float32
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-UNLEARNT = (None,) * 6  # gradients of what is between the rows and the head's parameters
 ROWS = 16  # the head runs on multiples of this: matrix kernels treat left-over rows apart, and round them apart
 
 
@@ -57,55 +58,70 @@ def scored_rows(
     """
     head = model.get_output_embeddings()
     own = head.__dict__.get("forward")
-    original = head.forward
     parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
-    bare = own is None and type(head) is nn.Linear and head.bias is None and type(head.weight) is nn.Parameter
     size = max(1, LOGITS_PER_CHUNK // model.config.get_text_config(decoder=True).vocab_size // ROWS) * ROWS
     count = len(targets)
     predictors, targets = (nn.functional.pad(x, (0, -count % ROWS)) for x in (predictors, targets))
     found: list[Tensor] = []
+    with tied(model) as tie:
+        bare = transform is None and is_matrix(head, nn.Linear) and head.bias is None
+        how = _How(head.forward, transform, size, bare, tie)
 
-    def forward(hidden: Tensor, *args, **kwargs) -> Tensor:
-        rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, predictors)
-        if hidden_rows is not None:
-            hidden_rows.append(rows)
-        keep = torch.is_grad_enabled() and (rows.requires_grad or bool(parameters))
-        found.append(_TargetLogps.apply(rows, targets, original, transform, size, keep, bare, *parameters)[:count])
-        return hidden[..., :1]
+        def forward(hidden: Tensor, *args, **kwargs) -> Tensor:
+            rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, predictors)
+            if hidden_rows is not None:
+                hidden_rows.append(rows)
+            keep = torch.is_grad_enabled() and (rows.requires_grad or bool(parameters))
+            edge = None if tie is None else tie.edge
+            found.append(_TargetLogps.apply(rows, targets, how, keep, edge, *parameters)[:count])
+            return hidden[..., :1]
 
-    head.forward = forward
-    try:
-        yield found
-    finally:
-        if own is None:
-            del head.forward
-        else:
-            head.forward = own
+        head.forward = forward
+        try:
+            yield found
+        finally:
+            if own is None:
+                del head.forward
+            else:
+                head.forward = own
+
+
+@dataclass(frozen=True)
+class _How:
+    """What stays the same over a forward and its backward.
+
+    size: rows of a chunk. bare: whether logits are a product with one matrix, whose gradient then grows in place.
+    """
+
+    head: Callable[[Tensor], Tensor]
+    transform: Callable[[Tensor], Tensor] | None
+    size: int
+    bare: bool
+    tie: Tie | None
 
 
 class _TargetLogps(torch.autograd.Function):
     """log softmax(head(rows))[targets], (N,), float32 at least.
 
     keep: whether backward may come. It finds one number a row and the last chunk's logits, or of a frozen head
-    d log-prob / d row. bare: whether the head is a matrix alone, whose gradient then grows in place.
+    d log-prob / d row. edge: of the tie.
     """
 
     @staticmethod
-    def forward(ctx, rows, targets, head, transform, size, keep, bare, *parameters):
-        device = rows.device.type
+    def forward(ctx, rows, targets, how, keep, edge, *parameters):
+        device, transform = rows.device.type, how.transform
         ctx.autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        ctx.head, ctx.transform, ctx.device = head, transform, device
-        ctx.sizes = [len(rows) % size] * (len(rows) % size > 0) + [size] * (len(rows) // size)  # the last one is full
+        ctx.how, ctx.device, ctx.tied = how, device, edge is not None
+        ctx.sizes = [len(rows) % how.size] * (len(rows) % how.size > 0) + [how.size] * (len(rows) // how.size)
         ctx.kept, ctx.frozen = None, keep and not parameters
-        ctx.bare = bare and transform is None and not ctx.autocast[0]
         logps, norms, gradients = [], [], []
         pieces = zip(rows.split(ctx.sizes), targets.split(ctx.sizes), strict=True)
         for number, (part, wanted) in enumerate(pieces, start=1):
-            last = number == len(ctx.sizes)
+            last = number == len(ctx.sizes)  # which is full
             if ctx.frozen or (keep and last):
                 leaf, logits = _logits(ctx, part)
             else:
-                logits = head(part)
+                logits = how.head(part)
                 logits = logits if transform is None else transform(logits)
             found, norm = row_logps(logits, wanted)
             logps.append(found)
@@ -125,7 +141,7 @@ class _TargetLogps(torch.autograd.Function):
     def backward(ctx, gradient):
         if ctx.frozen:
             found = torch.cat(ctx.saved_tensors)
-            return (found * gradient[:, None]).to(found.dtype), *UNLEARNT
+            return (found * gradient[:, None]).to(found.dtype), None, None, None, None
         rows, targets, norms, *parameters = ctx.saved_tensors
         row_gradients, sums = [], [None] * len(parameters)
         kept, ctx.kept = ctx.kept, None  # a second backward finds nothing kept
@@ -133,16 +149,19 @@ class _TargetLogps(torch.autograd.Function):
         for part, wanted, norm, weight in reversed(list(zip(*pieces, strict=True))):
             leaf, logits = _logits(ctx, part) if kept is None else kept
             kept = None
-            slope = row_slopes(logits, norm, wanted, weight, spare=ctx.transform is None)
-            if ctx.bare and row_gradients:  # a second product of the matrix's size would be made only to be added
-                sums[0].addmm_(slope.T, leaf.detach())
+            slope = row_slopes(logits, norm, wanted, weight, spare=ctx.how.transform is None)
+            if ctx.how.bare and row_gradients and not ctx.autocast[0]:
+                sums[0].addmm_(slope.T, leaf.detach())  # no second matrix of its size, only to be added
                 row_gradients.append(slope @ parameters[0])
             else:
                 first, *rest = torch.autograd.grad(logits, [leaf, *parameters], slope, allow_unused=True)
                 sums = [_added(old, new) for old, new in zip(sums, rest, strict=True)]
                 row_gradients.append(first)
             del logits, slope
-        return torch.cat(row_gradients[::-1]), *UNLEARNT, *sums
+        first, edge = torch.cat(row_gradients[::-1]), None
+        if ctx.tied:
+            (ctx.how.tie.gradient,), edge, sums = sums, gradient.new_zeros(()), [None]
+        return first, None, None, None, edge, *sums
 
 
 def _logits(ctx, part: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,8 +170,8 @@ def _logits(ctx, part: Tensor) -> tuple[Tensor, Tensor]:
     autocast = torch.autocast(ctx.device, ctx.autocast[1], enabled=ctx.autocast[0], cache_enabled=False)
     with torch.enable_grad(), autocast:
         part = part.detach().requires_grad_()
-        raw = ctx.head(part)
-        return part, raw if ctx.transform is None else ctx.transform(raw)
+        raw = ctx.how.head(part)
+        return part, raw if ctx.how.transform is None else ctx.how.transform(raw)
 
 
 def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:

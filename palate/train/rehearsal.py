@@ -156,8 +156,6 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.logsumexp.default:  # its kernel makes a copy of what it sums
-            self._rise(size_of(args[0]))
         if (count := flop_registry.get(func._overloadpacket)) is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=out)
         weight = (
@@ -176,12 +174,9 @@ class _Watch(TorchDispatchMode):
         self._known[key] = before
         self.live += size
         self.cast += size * cast
-        self._rise()
+        self.peak = max(self.peak, self.live)
+        self.peak_uncast = max(self.peak_uncast, self.live - self.cast)
         finalize(tensor.untyped_storage(), self._gone, key, size, cast)
-
-    def _rise(self, more: int = 0) -> None:
-        self.peak = max(self.peak, self.live + more)
-        self.peak_uncast = max(self.peak_uncast, self.live + more - self.cast)
 
     def _gone(self, key: int, size: int, cast: bool) -> None:
         self._known.pop(key, None)
