@@ -339,7 +339,7 @@ def _probe(model: nn.Module) -> Support:
 
 
 def _invariant(model: nn.Module, numerics: Numerics) -> bool:
-    """Whether a group's log-probs have the same bits alone, and anywhere in streams some hundred tokens longer."""
+    """Whether a group's log-probs have the same bits alone, and in streams some hundred tokens longer."""
     with torch.no_grad(), evaluation_mode(model):
         return _same_bits(model, numerics)
 
@@ -348,14 +348,18 @@ def _same_bits(model: nn.Module, numerics: Numerics) -> bool:
     (group, *_), _ = _probe_groups(model)
     config = model.config.get_text_config(decoder=True)
     room = getattr(config, "max_position_embeddings", 1024) - max(map(len, group.completions))
-    prompts = (group.prompt, *(np.arange(min(n, room), dtype=np.int32) % config.vocab_size for n in (64, 200)))
-    known: dict[int, list[float]] = {}
-    for places in ([0], [1, 0, 1], [2, 1, 0, 2, 2]):
-        batch = collate([replace(group, prompt=prompts[place]) for place in places]).to(model.device)
-        totals = sequence_logps(_probed(model, "shared", batch, numerics), batch).total
-        for place, found in zip(places, totals.view(len(places), -1).tolist(), strict=True):
-            if known.setdefault(place, found) != found:
-                return False
+    long = [replace(group, prompt=np.arange(min(n, room), dtype=np.int32) % config.vocab_size) for n in (64, 200)]
+
+    def totals(many: list[TokenGroup]) -> Tensor:
+        batch = collate(many).to(model.device)
+        return sequence_logps(_probed(model, "shared", batch, numerics), batch).total
+
+    alone = [totals([one]) for one in (group, *long)]
+    for many in ([group, *long], [*long[::-1], group, long[1], long[1]], [long[0], group, long[0]]):
+        together = totals(many)
+        expected = torch.cat([alone[(group, *long).index(one)] for one in many])
+        if not torch.equal(together, expected):
+            return False
     return True
 
 

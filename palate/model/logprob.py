@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from palate.model.softmax import row_logps, row_slopes
-from palate.model.tied import Tie, is_matrix, tied
+from palate.model.tied import is_matrix, tied
 
 LOGITS_PER_CHUNK = 2**25  # vocabulary times rows: 128 MiB in float32
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -63,16 +63,16 @@ def scored_rows(
     count = len(targets)
     predictors, targets = (nn.functional.pad(x, (0, -count % ROWS)) for x in (predictors, targets))
     found: list[Tensor] = []
-    with tied(model) as tie:
+    with tied(model) as edges:
         bare = transform is None and is_matrix(head, nn.Linear) and head.bias is None
-        how = _How(head.forward, transform, size, bare, tie)
+        how = _How(head.forward, transform, size, bare)
 
         def forward(hidden: Tensor, *args, **kwargs) -> Tensor:
             rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, predictors)
             if hidden_rows is not None:
                 hidden_rows.append(rows)
             keep = torch.is_grad_enabled() and (rows.requires_grad or bool(parameters))
-            edge = None if tie is None else tie.edge
+            edge = edges.pop() if edges else None
             found.append(_TargetLogps.apply(rows, targets, how, keep, edge, *parameters)[:count])
             return hidden[..., :1]
 
@@ -97,21 +97,20 @@ class _How:
     transform: Callable[[Tensor], Tensor] | None
     size: int
     bare: bool
-    tie: Tie | None
 
 
 class _TargetLogps(torch.autograd.Function):
     """log softmax(head(rows))[targets], (N,), float32 at least.
 
     keep: whether backward may come. It finds one number a row and the last chunk's logits, or of a frozen head
-    d log-prob / d row. edge: of the tie.
+    d log-prob / d row. edge: of a tied embedding; it gets the gradient of the first parameter, the matrix.
     """
 
     @staticmethod
     def forward(ctx, rows, targets, how, keep, edge, *parameters):
         device, transform = rows.device.type, how.transform
         ctx.autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-        ctx.how, ctx.device, ctx.tied = how, device, edge is not None
+        ctx.how, ctx.device, ctx.tied = how, device, ctx.needs_input_grad[4]
         ctx.sizes = [len(rows) % how.size] * (len(rows) % how.size > 0) + [how.size] * (len(rows) // how.size)
         ctx.kept, ctx.frozen = None, keep and not parameters
         logps, norms, gradients = [], [], []
@@ -158,10 +157,10 @@ class _TargetLogps(torch.autograd.Function):
                 sums = [_added(old, new) for old, new in zip(sums, rest, strict=True)]
                 row_gradients.append(first)
             del logits, slope
-        first, edge = torch.cat(row_gradients[::-1]), None
+        edge = None
         if ctx.tied:
-            (ctx.how.tie.gradient,), edge, sums = sums, gradient.new_zeros(()), [None]
-        return first, None, None, None, edge, *sums
+            edge, sums[0] = sums[0], None
+        return torch.cat(row_gradients[::-1]), None, None, None, edge, *sums
 
 
 def _logits(ctx, part: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,73 +6,88 @@ the whole to the first. CPU only: on CUDA rows would be added in no fixed order.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding
 
-
-@dataclass
-class Tie:
-    """Between the two ends of one forward.
-
-    edge: a number of the embedding's output that the head takes too, so that its backward comes first, and is followed
-    by the embedding's. gradient: (V, H) what the head's backward leaves.
-    """
-
-    edge: Tensor | None = None
-    gradient: Tensor | None = None
+_HERE: ContextVar[bool] = ContextVar("here", default=True)
 
 
 @contextmanager
-def tied(model: nn.Module) -> Iterator[Tie | None]:
-    """Inside the block the embedding's backward goes on with what the head's left; None where they share no matrix."""
-    rows, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if not _is_one(rows, head):
-        yield None
-        return
-    tie = Tie()
+def tied(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Inside the block the embedding leaves its edge in the yielded list; nothing, where no plain matrix is tied.
 
-    def forward(ids: Tensor) -> Tensor:
-        found, tie.edge = _Rows.apply(ids, rows.weight, tie, rows.padding_idx)
+    The edge stands for the whole matrix, (V, H) without numbers. The head takes it beside its weight, gives it the
+    gradient of both, and the embedding's backward adds its own rows to that.
+    """
+    rows, edges = _tied_rows(model), []
+    if rows is None:
+        yield edges
+        return
+
+    def forward(input: Tensor) -> Tensor:  # as the module's own parameter is called
+        found, edge = _Rows.apply(input, rows.weight, rows.padding_idx)
+        edges[:] = [edge]
         return found
 
     rows.forward = forward
     try:
-        yield tie
+        yield edges
     finally:
         del rows.forward
 
 
+@contextmanager
+def untied() -> Iterator[None]:
+    """Inside the block no model is tied: what is rehearsed for machines that are elsewhere may run on CUDA there."""
+    token = _HERE.set(False)
+    try:
+        yield
+    finally:
+        _HERE.reset(token)
+
+
 def is_matrix(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether it is a module of just this class, with its class's forward and a plain weight."""
-    return type(module) is kind and "forward" not in module.__dict__ and type(module.weight) is nn.Parameter
+    """Whether it is a module of just this class, with its class's forward and a weight that is whole, in one place."""
+    own = type(module) is kind and "forward" not in module.__dict__
+    return own and type(module.weight) in (nn.Parameter, FakeTensor)  # a rehearsal goes the same way
 
 
-def _is_one(rows: nn.Module, head: nn.Module) -> bool:
+def _tied_rows(model: nn.Module) -> nn.Embedding | None:
+    """The embedding whose plain matrix the head is, where it learns, and on the CPU."""
+    head = model.get_output_embeddings()
+    try:
+        rows = model.get_input_embeddings()
+    except NotImplementedError:
+        return None
     if not (is_matrix(rows, nn.Embedding) and is_matrix(head, nn.Linear) and rows.weight is head.weight):
-        return False
+        return None
     plain = rows.max_norm is None and not rows.scale_grad_by_freq and not rows.sparse
-    return plain and rows.weight.requires_grad and rows.weight.device.type == "cpu"
+    here = rows.weight.device.type == "cpu" and _HERE.get()
+    return rows if plain and here and rows.weight.requires_grad else None
 
 
 class _Rows(torch.autograd.Function):
-    """weight[ids], and the tie's edge."""
+    """weight[ids], and the edge."""
 
     @staticmethod
-    def forward(ctx, ids, weight, tie, padding):
+    def forward(ctx, ids, weight, padding):
         ctx.save_for_backward(ids)
-        ctx.tie, ctx.padding, ctx.shape = tie, padding, weight.shape
-        return embedding(ids, weight), weight.new_zeros(())
+        ctx.padding, ctx.shape = padding, weight.shape
+        ctx.set_materialize_grads(False)
+        return embedding(ids, weight), weight.new_zeros(()).expand(weight.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient, _):
+    def backward(ctx, gradient, total):
+        if gradient is None:
+            return None, total, None
         (ids,) = ctx.saved_tensors
-        total, ctx.tie.gradient = ctx.tie.gradient, None  # none where the head took no part
-        total = gradient.new_zeros(ctx.shape) if total is None else total
         if ctx.padding is not None:
             gradient = gradient.masked_fill((ids == ctx.padding)[..., None], 0)
-        return None, total.index_add_(0, ids.flatten(), gradient.flatten(0, -2)), None, None
+        total = gradient.new_zeros(ctx.shape) if total is None else total  # the head alone had it: it is written over
+        return None, total.index_add_(0, ids.flatten(), gradient.flatten(0, -2)), None

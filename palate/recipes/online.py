@@ -301,8 +301,10 @@ def facts_of(found: Sequence, pairs: int) -> dict[str, float]:
     made = [one for case in found for one in case.candidates]
     scores = [one.score for one in made if one.score is not None]
     facts = {"pairs": pairs, "ended": sum(one.finished for one in made) / len(made)}
-    facts |= {"length": sum(one.tokens for one in made) / len(made)}
-    facts |= {"unparsed": sum(one.score is None and one.unfit is None for one in made)}
+    facts |= {
+        "length": sum(one.tokens for one in made) / len(made),
+        "unparsed": sum(one.score is None and one.unfit is None for one in made),
+    }
     return facts | ({"reward": sum(scores) / len(scores)} if scores else {})
 
 

@@ -25,7 +25,7 @@ from palate.recipes.verbs import Say, aligned, check_model_options, number, stde
 
 Row = dict[str, Any]
 # (prompts, completions, number of the first of them) -> a row each, with "score": a number, or None where it could not
-# be read; what else is in the row is kept
+# be read, or where nobody was asked since no pair could come of it; what else is in the row is kept
 Scorer = Callable[[Sequence, Sequence, int], Iterable[Row]]
 
 Band = Annotated[

@@ -126,7 +126,7 @@ def sample(this: "Round", **_: Any) -> None:
 
 
 def judge(this: "Round", **_: Any) -> None:
-    """A row for every sample with what the way's judge says of it."""
+    """A row for every sample with what the way's judge says of it, if it is asked."""
     from palate.sampling.chunks import Chunks
     from palate.sampling.judge import Completion
 

@@ -12,7 +12,6 @@ import math
 import numbers
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -112,15 +111,15 @@ class Judge:
         return [known.get(place) for place in range(len(completions))]
 
     def _shares(self, prompts: Sequence[Text], completions: Completions, owners: Sequence[int]) -> list[float]:
-        """The share of the others of the same owner that each completion beats; 0 where it has none."""
+        """The share of the others of the same owner that each completion beats; one half where there is no other."""
         rivals = [list(mine) for _, mine in groupby(range(len(completions)), lambda place: owners[place])]
         meetings = [meeting for mine in rivals for meeting in combinations(mine, 2)]
         ones, twos = ([completions[meeting[side]] for meeting in meetings] for side in (0, 1))
-        shares, others = [0.0] * len(completions), Counter(owners)
+        met: list[list[float]] = [[] for _ in completions]
         for (i, j), outcome in zip(meetings, self.prefer([prompts[i] for i, _ in meetings], ones, twos), strict=True):
-            shares[i] += outcome / (others[owners[i]] - 1)
-            shares[j] += (1 - outcome) / (others[owners[j]] - 1)
-        return shares
+            met[i].append(outcome)
+            met[j].append(1 - outcome)
+        return [sum(outcomes) / len(outcomes) if outcomes else 0.5 for outcomes in met]
 
     def prefer(self, prompts: Sequence[Text], firsts: Completions, seconds: Completions) -> list[float]:
         """One outcome each: 1 where the first is better, 0 where the second is, 0.5 for a tie.
@@ -210,8 +209,8 @@ def _listed(seed: str) -> Score:
     reward = world.reward(int(seed))
 
     def score(prompts, completions):
-        places = (world.place(str(p), c.text) for p, c in zip(prompts, completions, strict=True))
-        return [float(reward[place]) for place in places]
+        cases = (world.place(str(p), c.text) for p, c in zip(prompts, completions, strict=True))
+        return [float(reward[case]) for case in cases]
 
     return score
 

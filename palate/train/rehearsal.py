@@ -7,6 +7,7 @@ an allocator's waste.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from weakref import finalize
 
@@ -23,6 +24,7 @@ from palate.errors import ModelError
 from palate.model.attention import forget_masks
 from palate.model.heads import scalar_head
 from palate.model.quantized import count_weights, is_quantized
+from palate.model.tied import untied
 from palate.scoring import Numerics, scalars, sequence_logps, support, token_logps
 
 
@@ -116,7 +118,7 @@ def _watched(model: nn.Module, batch: TokenBatch, numerics: Numerics, several: b
             tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
             tensors = {name: fake(value) for name, value in tensors.items() if isinstance(value, Tensor)}
             forget_masks()
-            with watch:
+            with watch, untied() if model.device.type == "meta" else nullcontext():
                 torch.func.functional_call(_Pass(model, numerics, watch), held, (replace(batch, **tensors),))
             return watch
     except Exception as error:

@@ -133,7 +133,7 @@ def test_a_judge_that_only_compares_and_adapters(palate, options):
     assert not any(one is not None for one, mine in zip(scores, fit, strict=True) if not mine)
     thirds = [slice(at, at + 3) for at in range(0, len(fit), 3)]
     beaten = [sum(one or 0 for one in scores[mine]) for mine in thirds]
-    assert beaten == [sum(fit[mine]) / 2 if sum(fit[mine]) > 1 else 0 for mine in thirds] and any(beaten)
+    assert beaten == [sum(fit[mine]) / 2 for mine in thirds] and max(beaten) > 0.5
     assert result["pairs"] > 0 and Path("run/adapter").is_dir()
 
 

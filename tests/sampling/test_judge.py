@@ -104,7 +104,7 @@ def test_whom_it_costs_is_not_asked_about_samples_that_make_no_pair():
     assert judge.standings(["p"] * 4 + ["q"] * 4, made, 4) == [0, 1, None, None, 0, None, 0.5, 1]
     assert {*asked} == {(a, b) for part in (("a", "bb"), ("d", "ff", "ggg")) for a in part for b in part if a != b}
     assert judge.standings(["p"] * 2, made[2:4], 2) == [None, None]
-    assert judge.standings(["p"] * 2, made[3:5], 2) == [None, 0]
+    assert judge.standings(["p"] * 2, made[3:5], 2) == [None, 0.5]
     length = Judge("length", score=lambda p, c: [float(len(one.text)) for one in c])
     assert length.standings(["p"] * 4, made[:4], 4) == [1, 2, 3, 1]  # what costs nothing is told of all
     assert replace(length, costly=True).standings(["p"] * 4, made[:4], 4) == [1, 2, None, None]
