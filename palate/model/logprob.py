@@ -98,6 +98,11 @@ class _How:
     size: int
     bare: bool
 
+    def logits(self, rows: Tensor) -> Tensor:
+        """(N, V) of the rows."""
+        raw = self.head(rows)
+        return raw if self.transform is None else self.transform(raw)
+
 
 class _TargetLogps(torch.autograd.Function):
     """log softmax(head(rows))[targets], (N,), float32 at least.
@@ -108,7 +113,7 @@ class _TargetLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows, targets, how, keep, edge, *parameters):
-        device, transform = rows.device.type, how.transform
+        device = rows.device.type
         ctx.autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
         ctx.how, ctx.device, ctx.tied = how, device, ctx.needs_input_grad[4]
         ctx.sizes = [len(rows) % how.size] * (len(rows) % how.size > 0) + [how.size] * (len(rows) // how.size)
@@ -120,13 +125,12 @@ class _TargetLogps(torch.autograd.Function):
             if ctx.frozen or (keep and last):
                 leaf, logits = _logits(ctx, part)
             else:
-                logits = how.head(part)
-                logits = logits if transform is None else transform(logits)
+                logits = how.logits(part)
             found, norm = row_logps(logits, wanted)
             logps.append(found)
             norms.append(norm)
             if ctx.frozen:
-                slope = row_slopes(logits, norm, wanted, torch.ones_like(norm), spare=transform is None)
+                slope = row_slopes(logits, norm, wanted, torch.ones_like(norm), spare=how.transform is None)
                 gradients += torch.autograd.grad(logits, leaf, slope)
                 del slope
             elif keep and last:
@@ -150,7 +154,7 @@ class _TargetLogps(torch.autograd.Function):
             kept = None
             slope = row_slopes(logits, norm, wanted, weight, spare=ctx.how.transform is None)
             if ctx.how.bare and row_gradients and not ctx.autocast[0]:
-                sums[0].addmm_(slope.T, leaf.detach())  # no second matrix of its size, only to be added
+                sums[0].addmm_(slope.T, part)  # no second matrix of its size, only to be added
                 row_gradients.append(slope @ parameters[0])
             else:
                 first, *rest = torch.autograd.grad(logits, [leaf, *parameters], slope, allow_unused=True)
@@ -169,8 +173,7 @@ def _logits(ctx, part: Tensor) -> tuple[Tensor, Tensor]:
     autocast = torch.autocast(ctx.device, ctx.autocast[1], enabled=ctx.autocast[0], cache_enabled=False)
     with torch.enable_grad(), autocast:
         part = part.detach().requires_grad_()
-        raw = ctx.how.head(part)
-        return part, raw if ctx.how.transform is None else ctx.how.transform(raw)
+        return part, ctx.how.logits(part)
 
 
 def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
