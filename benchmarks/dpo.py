@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--setting", action="append", choices=SETTINGS)
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="adapters instead of full weights")
     parser.add_argument("--steps", type=int, help="paired steps (default 5; 3 with --quick)")
-    parser.add_argument("--tokens", type=int, default=2048, help="our stream tokens a micro-batch")
+    parser.add_argument("--tokens", type=int, default=Cell.tokens, help="our stream tokens a micro-batch")
     parser.add_argument("--scale", type=float, default=1.0, help="times the profiles' lengths, to try the script")
     parser.add_argument("--no-memory", action="store_true", help="times only")
     parser.add_argument("--json", metavar="OUT", help='writes {"rows": [...], "details": [...]}')

@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="float32 unless given")
     parser.add_argument("--factor", action="append", choices=(*COLUMNS, TRL), help="all but trl unless given")
     parser.add_argument("--steps", type=int, default=5, help="paired steps")
-    parser.add_argument("--tokens", type=int, default=2048, help="stream tokens a micro-batch")
+    parser.add_argument("--tokens", type=int, default=Cell.tokens, help="stream tokens a micro-batch")
     parser.add_argument("--scale", type=float, default=1.0, help="times the profiles' lengths, to try the script")
     options(parser)
     given = parser.parse_args(argv)

@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="float32 unless given")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="adapters instead of full weights")
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=2048, help="stream tokens a micro-batch")
+    parser.add_argument("--tokens", type=int, default=Cell.tokens, help="stream tokens a micro-batch")
     parser.add_argument("--scale", type=float, default=1.0, help="times the profiles' lengths, to try the script")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     options(parser)

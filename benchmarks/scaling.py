@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from palate.layout import MICRO_BATCH_TOKENS
+
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 SIZES = {  # hidden, intermediate, layers, heads
     "1M": (128, 352, 4, 4),
@@ -147,7 +149,7 @@ def line_of(row: dict) -> str:
 def main() -> None:
     """Parses, measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=2048, help="stream tokens of a micro-batch")
+    parser.add_argument("--tokens", type=int, default=MICRO_BATCH_TOKENS, help="stream tokens of a micro-batch")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="seconds that pass, or that are computed")
     parser.add_argument("--quick", action="store_true", help="three points an axis")

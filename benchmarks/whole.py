@@ -47,6 +47,8 @@ from workload import (
     small_model,
 )
 
+from palate.layout import MICRO_BATCH_TOKENS
+
 MARK = "whole"
 
 
@@ -265,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--lr", type=float, default=RATE, help="peak rate (TRL's default 1e-6)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--setting", action="append", choices=SETTINGS, help="of TRL (both)")
-    parser.add_argument("--tokens", type=int, default=2048, help="our stream tokens a micro-batch")
+    parser.add_argument("--tokens", type=int, default=MICRO_BATCH_TOKENS, help="our stream tokens a micro-batch")
     parser.add_argument("--rounds", type=int, default=1, help="turns of both sides; medians are shown")
     parser.add_argument("--quick", action="store_true", help="builtin:tiny on 16 pairs, TRL's best: the script's trial")
     options(parser)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from palate.layout import MICRO_BATCH_TOKENS
+
 SMALL = "llama-4-layers-49k"
 # mean tokens of a prompt and of a completion
 PROFILES = {"tldr": (350, 35), "hh": (100, 80), "ultrafeedback": (180, 300)}
@@ -39,7 +41,7 @@ class Cell:
     steps: int
     side: str = "both"
     lora: int = 0
-    tokens: int = 2048
+    tokens: int = MICRO_BATCH_TOKENS
     scale: float = 1.0
     data: tuple[str, ...] = ()
     tokenizer: str = ""

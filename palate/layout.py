@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+MICRO_BATCH_TOKENS = 1024  # tokens of a stream where nobody says: on a CPU longer ones are no faster
+
 
 @dataclass(frozen=True)
 class Layout:

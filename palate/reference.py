@@ -24,6 +24,7 @@ from palate.data.table import Lengths, TokenTable, distinct, row_keys
 from palate.data.tokens import TokenGroup
 from palate.errors import CheckpointError
 from palate.files import load_tensors, read_json, save_tensors, tensor_metadata
+from palate.layout import MICRO_BATCH_TOKENS
 from palate.model.adapters import is_adapted, reference_mode
 from palate.model.fingerprint import base_fingerprint
 from palate.scoring import Numerics, Precision, evaluation_mode, logps
@@ -86,7 +87,7 @@ def annotate(
     reference: nn.Module,
     *,
     numerics: Numerics | None = None,
-    tokens: int = 2048,
+    tokens: int = MICRO_BATCH_TOKENS,
     store: ScoreStore | None = None,
 ) -> Sequence[TokenGroup]:
     """The groups with their `reference` filled in. A LoRA model scores with its adapters off."""
@@ -111,7 +112,7 @@ def reference_column(
     reference: nn.Module,
     *,
     numerics: Numerics | None = None,
-    tokens: int = 2048,
+    tokens: int = MICRO_BATCH_TOKENS,
     store: ScoreStore | None = None,
     folder: Path | None = None,
     progress: Callable[[int, int], None] | None = None,

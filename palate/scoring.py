@@ -18,6 +18,7 @@ from palate.data.batch import TokenBatch, collate, collate_ends, float64_device,
 from palate.data.stream import pack
 from palate.data.tokens import TokenGroup
 from palate.errors import ModelError
+from palate.layout import MICRO_BATCH_TOKENS
 from palate.model.attention import NotShared, counted_calls, expected_calls, shared_attention
 from palate.model.heads import backbone, scalar_head
 from palate.model.logprob import ROWS, logit_transform, scored_rows
@@ -55,7 +56,7 @@ class Numerics:
     temperature: float = 1.0
 
     @classmethod
-    def of(cls, model: nn.Module, precision: Precision = "float32", tokens: int = 2048) -> "Numerics":
+    def of(cls, model: nn.Module, precision: Precision = "float32", tokens: int = MICRO_BATCH_TOKENS) -> "Numerics":
         """The numerics a run should use: the shortest tail at which the model's bits do not depend on the stream.
 
         tokens: of a micro-batch, the longest. On padded rows nothing makes the bits so; there the tail is none.
@@ -148,7 +149,9 @@ def scalars(model: nn.Module, batch: TokenBatch, *, numerics: Numerics = Numeric
     return _scalars(model, batch, numerics, support(model).path)
 
 
-def rewards(model: nn.Module, groups: Sequence[TokenGroup], *, numerics=Numerics(), tokens: int = 2048) -> list[float]:
+def rewards(
+    model: nn.Module, groups: Sequence[TokenGroup], *, numerics=Numerics(), tokens: int = MICRO_BATCH_TOKENS
+) -> list[float]:
     """The reward of every completion of every group, in order, read at its last token; `reward_bias` is in them.
 
     tokens: stream tokens per micro-batch.

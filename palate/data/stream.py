@@ -13,6 +13,7 @@ import numpy as np
 
 from palate.data.batch import stream_length
 from palate.data.tokens import TokenGroup
+from palate.layout import MICRO_BATCH_TOKENS
 
 Batch = TypeVar("Batch")
 
@@ -90,7 +91,7 @@ def stream(
     collate: Callable[[Sequence[TokenGroup]], Any],
     *,
     batch: int = 64,
-    tokens: int = 2048,
+    tokens: int = MICRO_BATCH_TOKENS,
     seed: int = 0,
     epochs: int = 1,
     steps: int | None = None,

@@ -12,6 +12,7 @@ from palate.data.stream import pack
 from palate.data.tokens import TokenGroup
 from palate.distributed import Ranks
 from palate.evaluation.statistics import design_effect, wilson
+from palate.layout import MICRO_BATCH_TOKENS
 from palate.tally import Tally, means
 
 SHARES = ("rewards/accuracies", "logps/accuracies")
@@ -23,7 +24,7 @@ def evaluate(
     groups: Sequence[TokenGroup],
     objective: Callable,
     *,
-    tokens: int = 2048,
+    tokens: int = MICRO_BATCH_TOKENS,
     seen: Callable[[Any], None] | None = None,
 ) -> dict[str, float]:
     """`eval/...` numbers of the model on `groups`, as the objective counts them; shares come with `_low` and `_high`.

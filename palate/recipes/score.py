@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from palate.errors import DataError
+from palate.layout import MICRO_BATCH_TOKENS
 from palate.recipes.rows import Reading, anything, rejects_file, write_rejects
 from palate.recipes.verbs import (
     InputConfig,
@@ -25,7 +26,7 @@ class ScoreConfig(InputConfig):
     reference: Annotated[str | None, Field(description="Model that rewards are measured against")] = None
     beta: Annotated[float, Field(gt=0, description="Implicit reward = beta times log-ratio")] = 0.1
     max_length: Annotated[int | None, Field(gt=1, description="Tokens of prompt + longer completion")] = None
-    tokens: Annotated[int, Field(gt=0, description="Stream tokens per micro-batch")] = 2048
+    tokens: Annotated[int, Field(gt=0, description="Stream tokens per micro-batch")] = MICRO_BATCH_TOKENS
     precision: Annotated[Literal["auto", "float32", "bfloat16"], Field(description="Of the matmuls")] = "auto"
 
 

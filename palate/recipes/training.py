@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from palate.errors import AwaitsVotes, CheckpointError, Interrupted, NotBetterError, PalateError, UsageError
+from palate.layout import MICRO_BATCH_TOKENS
 from palate.recipes.kept import read_kept, refuse_shared
 from palate.recipes.plan import Foreseen, PlanConfig, auto_rate, check_disk, forget_peak, memory_plan, peak_memory
 from palate.recipes.retain import Retention, retention_lines
@@ -26,7 +27,7 @@ class TrainConfig(UpdateConfig):
     """How the steps are taken."""
 
     tokens: Annotated[int, Field(gt=0, description="Stream tokens per micro-batch: bounds memory, moves no number")] = (
-        2048
+        MICRO_BATCH_TOKENS
     )
     checkpointing: Annotated[bool, Field(description="Recompute activations in backward: less memory, more time")] = (
         False
@@ -157,11 +158,9 @@ def prepare(
     from palate.model.recompute import enable_recompute
     from palate.reference import reference_identity
     from palate.scoring import Numerics, support
-    from palate.train.loop import return_freed_memory
 
     check_model_options(config, config.model, getattr(config, "reference", None))
     forget_peak()  # of a run before this one in the same process
-    return_freed_memory()
     records = read_kept(read, config.data, say)  # bad rows are named before a model is loaded
     other = read_kept(read, config.eval, say) if config.eval not in ("auto", "none") else None
     if other is not None:

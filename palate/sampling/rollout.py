@@ -11,6 +11,7 @@ from palate.data.batch import RolloutGroup, collate, stream_length
 from palate.data.records import Text
 from palate.data.stream import pack
 from palate.data.tokens import end_tokens
+from palate.layout import MICRO_BATCH_TOKENS
 from palate.losses.policy import (
     end_scores,
     explained_variance,
@@ -43,7 +44,7 @@ class Episodes:
     lam: float = 0.95
     whiten_rewards: bool = False
     groups: str = "rloo"
-    tokens: int = 2048
+    tokens: int = MICRO_BATCH_TOKENS
 
 
 @dataclass(frozen=True)

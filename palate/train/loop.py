@@ -3,14 +3,10 @@
 fit() in `palate.train.fit` adds logging, evaluation, checkpoints and signals on top of it.
 """
 
-import ctypes
 import math
-import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -53,7 +49,6 @@ class TrainState:
 
         critic: trained beside it, by an optimizer of its own.
         """
-        return_freed_memory()
         optim = optim or OptimConfig()
         models = {"policy": policy} if critic is None else {"policy": policy, "critic": critic}
         optimizers = {name: build_optimizer(model.eval(), optim) for name, model in models.items()}
@@ -63,19 +58,6 @@ class TrainState:
     def model(self) -> nn.Module:
         """The policy."""
         return self.models["policy"]
-
-
-@lru_cache(maxsize=1)
-def return_freed_memory() -> None:
-    """From now on glibc gives blocks of 1 MiB and more back to the system once they are freed; elsewhere nothing.
-
-    By itself it raises that bound up to 32 MiB with the sizes it sees freed, and keeps what is smaller in a heap, where
-    activations of many sizes leave gaps. A bound that the environment sets stays.
-    """
-    set_already = "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "")
-    if platform.libc_ver()[0] == "glibc" and not set_already:
-        mmap_threshold = -3
-        ctypes.CDLL(None).mallopt(mmap_threshold, 2**20)
 
 
 @dataclass(frozen=True)

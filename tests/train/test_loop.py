@@ -1,10 +1,6 @@
 """The loop against NumPy: updates, schedules, clipping, what moves, and what stops before anything moves."""
 
 import math
-import os
-import platform
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -483,32 +479,3 @@ def test_a_state_puts_the_policy_in_evaluation_mode():
     policy = build("llama").train()
     TrainState.fresh(policy)
     assert not policy.training
-
-
-HOLES = """
-import sys, torch
-from palate.recipes.plan import resident
-from palate.train.loop import return_freed_memory
-if sys.argv[1] == "returned":
-    return_freed_memory()
-torch.ones(8 * 2**18) + 0  # 8 MiB, freed: the C library now keeps blocks of this size
-blocks, pins = [], []
-for _ in range(20):
-    blocks.append(torch.ones(7 * 2**18))
-    pins.append(torch.ones(2**12))
-full = resident()
-del blocks
-print((full - resident()) >> 20)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
-def test_memory_that_is_freed_between_small_tensors_goes_back_to_the_system():
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC", "GLIBC"))}
-
-    def returned(how):
-        done = subprocess.run([sys.executable, "-c", HOLES, how], env=env, capture_output=True, text=True, check=True)
-        return int(done.stdout)
-
-    assert returned("returned") > 120  # MiB of 140
-    assert returned("kept") < 40
