@@ -16,7 +16,7 @@ MICRO_BATCH_TOKENS = 1024  # tokens of a stream where nobody says: on a CPU long
 class Layout:
     """Prompt length and branch lengths of every group in the stream, in tokens, in stream order.
 
-    tail: inert tokens at the end, which attend to nothing and are scored nowhere (see `scoring.Numerics.stream`).
+    tail: inert tokens at the end, which attend to nothing and are scored nowhere (see `scoring.Numerics.tail`).
     """
 
     prompts: tuple[int, ...]

@@ -25,7 +25,8 @@ from palate.model.logprob import ROWS, logit_transform, scored_rows
 from palate.model.recurrent import Branching
 
 Precision = Literal["float32", "bfloat16"]
-SHORT_STREAM = 64  # enough wherever it was tried; a model that needs more gets a whole micro-batch
+STREAM = 64  # a multiple that is enough in float32 wherever it was tried, from one of these lengths on
+SHORTEST = {"float32": (0, 256, 512, 768), "bfloat16": (0,)}  # bfloat16 kernels may change at any length
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,14 @@ class Numerics:
 
     precision: "bfloat16" runs the matmuls in bfloat16; weights, residual stream, norms and softmax stay float32.
     stream: streams are filled with an inert tail to a multiple of this length, since kernels round differently at
-    some lengths; None: no tail.
+    some lengths; None: no tail. shortest: and to this length, since threads divide short products differently.
     temperature: logits are divided by it, in every log-prob: that of the policy that was sampled from.
     """
 
     precision: Precision = "float32"
     stream: int | None = None
     temperature: float = 1.0
+    shortest: int = 0
 
     @classmethod
     def of(cls, model: nn.Module, precision: Precision = "float32", tokens: int = MICRO_BATCH_TOKENS) -> "Numerics":
@@ -63,11 +65,21 @@ class Numerics:
         """
         if support(model).path != "shared":
             return cls(precision)
-        short = cls(precision, min(SHORT_STREAM, tokens))
         known = _INVARIANT.setdefault(_bare(model), {})
-        if (short, torch.get_num_threads()) not in known:
-            known[short, torch.get_num_threads()] = _invariant(model, short)
-        return short if known[short, torch.get_num_threads()] else cls(precision, tokens)
+        for shortest in (n for n in SHORTEST[precision] if n <= tokens):
+            found = cls(precision, min(STREAM, tokens), shortest=shortest)
+            key = found, torch.get_num_threads()
+            if key not in known:
+                known[key] = _invariant(model, found)
+            if known[key]:
+                return found
+        return cls(precision, tokens)
+
+    def tail(self, length: int) -> int:
+        """Inert tokens after a stream of `length`."""
+        if self.stream is None:
+            return 0
+        return -(-max(length, self.shortest) // self.stream) * self.stream - length
 
     def tag(self, model: nn.Module) -> str:
         """A name for everything besides weights and tokens that can move a rounding."""
@@ -77,7 +89,8 @@ class Numerics:
         versions = f"torch={torch.__version__} transformers={transformers.__version__}"
         where = f"device={model.device.type} threads={torch.get_num_threads()}"
         softer = "" if self.temperature == 1 else f" temperature={self.temperature}"
-        return f"{self.precision} {path} stream={self.stream}{softer} {where} {versions}"
+        longer = f"+{self.shortest}" if self.shortest else ""
+        return f"{self.precision} {path} stream={self.stream}{longer}{softer} {where} {versions}"
 
 
 @dataclass(frozen=True)
@@ -179,7 +192,7 @@ def _autocast(model: nn.Module, numerics: Numerics):
 
 
 def _shared(model: nn.Module, batch: TokenBatch, numerics: Numerics, hidden: list[Tensor] | None = None) -> Tensor:
-    tail = -len(batch.tokens) % numerics.stream if numerics.stream else 0
+    tail = numerics.tail(len(batch.tokens))
     head = _head(model, batch.predictors, batch.targets, numerics, hidden)
     layout = replace(batch.layout, tail=tail)
     with _autocast(model, numerics), shared_attention(model, layout), head as found:
@@ -211,7 +224,7 @@ def _scalars(model: nn.Module, batch: TokenBatch, numerics: Numerics, path: str)
     body, head = backbone(model), scalar_head(model)
     assert head is not None
     if path == "shared":
-        tail, rows = -len(batch.tokens) % numerics.stream if numerics.stream else 0, batch.predictors
+        tail, rows = numerics.tail(len(batch.tokens)), batch.predictors
         layout = replace(batch.layout, tail=tail)
         with _autocast(model, numerics), shared_attention(model, layout):
             hidden = body(
@@ -342,7 +355,7 @@ def _probe(model: nn.Module) -> Support:
 
 
 def _invariant(model: nn.Module, numerics: Numerics) -> bool:
-    """Whether a group's log-probs have the same bits alone, and in streams some hundred tokens longer."""
+    """Whether a group's log-probs have the same bits alone, and in streams some hundred tokens longer than any."""
     with torch.no_grad(), evaluation_mode(model):
         return _same_bits(model, numerics)
 
@@ -358,7 +371,8 @@ def _same_bits(model: nn.Module, numerics: Numerics) -> bool:
         return sequence_logps(_probed(model, "shared", batch, numerics), batch).total
 
     alone = [totals([one]) for one in (group, *long)]
-    for many in ([group, *long], [*long[::-1], group, long[1], long[1]], [long[0], group, long[0]]):
+    more = [long[1]] * (2 + numerics.shortest // 200)
+    for many in ([group, *long], [*long[::-1], group, *more], [long[0], group, long[0]]):
         together = totals(many)
         expected = torch.cat([alone[(group, *long).index(one)] for one in many])
         if not torch.equal(together, expected):

@@ -269,6 +269,40 @@ def test_bits_do_not_depend_on_neighbours_order_or_cut(name, precision):
             assert logps(model, collate([turned]), numerics=numerics).total.tolist() == known[i][::-1]
 
 
+def test_streams_are_no_longer_than_the_bits_ask_for(monkeypatch):
+    """The first floor whose bits hold is taken, and asked about once; a whole micro-batch where none does."""
+    model, asked = build("llama"), []
+
+    def invariant(model, numerics):
+        asked.append(numerics.shortest)
+        return numerics.shortest >= 512
+
+    monkeypatch.setattr("palate.scoring._invariant", invariant)
+    found = Numerics.of(model)
+    assert (found.stream, found.shortest) == (64, 512)
+    assert [found.tail(n) for n in (1, 512, 513, 600, 1024)] == [511, 0, 63, 40, 0]
+    assert "stream=64+512" in found.tag(model)
+    assert Numerics.of(model) == found
+    assert asked == [0, 256, 512]
+    whole = Numerics.of(model, tokens=300)
+    assert (whole.stream, whole.tail(290), whole.tail(301)) == (300, 10, 299)
+    assert Numerics.of(model, "bfloat16").stream == 1024
+    assert asked == [0, 256, 512, 0]
+
+
+def test_a_change_of_kernels_between_two_lengths_is_seen(monkeypatch):
+    """A model whose products are rounded otherwise below 256 rows: streams are filled to that, and keep their bits."""
+    model = build("llama")
+    for layer in model.model.layers:
+        project = layer.mlp.down_proj.forward
+
+        def forward(rows, project=project):
+            return project(rows) if rows.shape[-2] >= 256 else project(rows) * (1 + 2e-7)
+
+        layer.mlp.down_proj.forward = forward
+    assert Numerics.of(model).shortest == 256
+
+
 _LLAMA = build("llama", dtype=torch.float64)
 
 
