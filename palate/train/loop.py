@@ -6,7 +6,7 @@ fit() in `palate.train.fit` adds logging, evaluation, checkpoints and signals on
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -111,11 +111,7 @@ def steps(
             optimizer.zero_grad()  # of a step that was broken off
         micro = [part.to(model.device) for part in batch]
         context = objective.prepare(model, micro, ranks)
-        outcomes = []
-        for part in micro:
-            outcome = objective(model, part, context)
-            (outcome.loss.total / batch.units).backward()
-            outcomes.append(outcome)
+        outcomes = [_backward(objective(model, part, context), batch.units) for part in micro]
         norms = {}
         for name, weights in trained.items():
             ranks.sum_gradients(weights)
@@ -142,6 +138,12 @@ def steps(
         yield Step(number, loss, norm, rate, tokens, seconds, metrics | batch.metrics, batch.rows)
 
 
+def _backward(outcome: Outcome, units: float) -> Outcome:
+    """The outcome without its graph: the nodes would lie between the activations of the next one, and split the heap."""
+    (outcome.loss.total / units).backward()
+    return replace(outcome, loss=Tally(outcome.loss.total.detach(), outcome.loss.count))
+
+
 def _reduce(
     outcomes: list[Outcome], norms: dict[str, Tensor], ranks: Ranks
 ) -> tuple[float, dict[str, float], dict[str, float], bool]:
@@ -149,7 +151,7 @@ def _reduce(
     finite: read from the device in one go, as each read alone would wait for it again."""
     loss, metrics, finite = Tally(), {}, True
     for outcome in outcomes:
-        loss = loss + Tally(outcome.loss.total.detach(), outcome.loss.count)
+        loss = loss + outcome.loss
         finite = finite & torch.isfinite(outcome.row_losses).all()
         for name, tally in outcome.metrics.items():
             metrics[name] = metrics.get(name, Tally()) + tally
